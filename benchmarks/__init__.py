@@ -1,0 +1,1 @@
+"""Timings of every operator, every backend and every peer on one card, in one run."""

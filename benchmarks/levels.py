@@ -1,0 +1,30 @@
+"""The shapes that are timed: the levels of the U-Net at 24 frames of 40x72 latents, and shapes of other video
+models."""
+
+from typing import NamedTuple
+
+
+class Level(NamedTuple):
+    """One size of the operators' inputs."""
+
+    frames: int  # T
+    tokens: int  # N
+    heads: int  # H
+    refs: int  # R
+    channels: int  # C of temporal_conv and group_norm_silu
+    taps: int  # K of temporal_conv
+    dim: int = 64  # D
+
+
+TEXT_KEYS, IMAGE_KEYS = 77, 257  # dual_stream_attn
+
+LEVELS = {
+    "f1": Level(24, 2880, 5, 3, 320, 3),
+    "f2": Level(24, 720, 10, 6, 640, 5),
+    "f4": Level(24, 180, 20, 12, 1280, 7),
+    "f8": Level(24, 45, 20, 24, 1280, 9),
+    "n1024_t16": Level(16, 1024, 8, 4, 512, 3),
+    "n4096_t8": Level(8, 4096, 8, 2, 512, 3),
+    "n256_t64": Level(64, 256, 16, 16, 1024, 5),
+}
+QUICK = ("f1", "f2", "f4", "f8")

@@ -1,0 +1,51 @@
+"""How a time is taken: the median of cold-cache runs; under 0.2 ms also as a CUDA graph, free of launch gaps.
+
+A Python operator costs some tens of microseconds of CPU time, which hides a short kernel: what counts for it is the
+replay of a graph in which the call stands once for each of several input sets, so that no replay finds its inputs in
+the L2 cache.
+"""
+
+import statistics
+from collections.abc import Callable, Sequence
+
+import torch
+from triton.testing import do_bench
+
+SHORT_MS = 0.2  # what a replay is reported for
+MAYBE_SHORT_MS = 1.0  # an eager time under which the kernels may be as short, the rest being the host's
+_GRAPH_BYTES = 200 << 20  # inputs of one graph replay: more than three times the H200's L2
+
+
+def eager_ms(run: Callable[[], object], rep_ms: int = 40) -> float:
+    """Median milliseconds of ``run()``, the L2 cache being flushed before each (triton.testing.do_bench)."""
+    return do_bench(run, warmup=10, rep=rep_ms, return_mode="median")
+
+
+def graph_ms(runs: Sequence[Callable[[], object]], stream: torch.cuda.Stream, replays: int = 15) -> float:
+    """Median milliseconds of one of ``runs`` in replays of a CUDA graph that holds them all.
+
+    Whatever autograd needs must have been recorded on ``stream``: a backward runs where its forward ran.
+    """
+    with torch.cuda.stream(stream):
+        for run in runs:
+            run()
+        stream.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, stream=stream):
+            for run in runs:
+                run()
+        graph.replay()
+        times = []
+        for _ in range(replays):
+            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            start.record()
+            graph.replay()
+            end.record()
+            end.synchronize()
+            times.append(start.elapsed_time(end) / len(runs))
+    return statistics.median(times)
+
+
+def input_sets(bytes_per_set: int) -> int:
+    """How many input sets one graph rotates through."""
+    return max(2, min(24, -(-_GRAPH_BYTES // max(bytes_per_set, 1))))

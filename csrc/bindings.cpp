@@ -1,0 +1,91 @@
+// The Python module univid.kernels.cuda._csrc: csrc's functions with pointers, devices and streams as integers.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <array>
+#include <optional>
+
+#include "pyramid.h"
+#include "temporal.h"
+
+namespace py = pybind11;
+
+namespace univid {
+namespace {
+
+template <typename T>
+T* pointer(int64_t address) {
+  return reinterpret_cast<T*>(static_cast<uintptr_t>(address));
+}
+
+// (address, stride of B, of T, of N, of H)
+using View = std::array<int64_t, 5>;
+
+TensorView tensor(const View& view) { return {pointer<void>(view[0]), view[1], view[2], view[3], view[4]}; }
+
+cudaStream_t stream_of(uintptr_t stream) { return pointer<CUstream_st>(stream); }
+
+// (B, T, N, H, D)
+using Sizes = std::array<int64_t, 5>;
+
+TemporalShape temporal_shape(const Sizes& sizes, double scale, DType dtype) {
+  return {
+      sizes[0], sizes[2], sizes[3], static_cast<int>(sizes[1]), static_cast<int>(sizes[4]), static_cast<float>(scale),
+      dtype};
+}
+
+// Why this module's CUDA runtime cannot use any device, or nothing.
+std::optional<std::string> problem() {
+  int count = 0;
+  const cudaError_t error = cudaGetDeviceCount(&count);
+  if (error == cudaSuccess) return std::nullopt;
+  cudaGetLastError();
+  return cudaGetErrorString(error);
+}
+
+}  // namespace
+}  // namespace univid
+
+PYBIND11_MODULE(_csrc, module) {
+  using namespace univid;
+  const auto no_gil = py::call_guard<py::gil_scoped_release>();
+
+  py::enum_<DType>(module, "DType").value("BFLOAT16", DType::kBFloat16).value("FLOAT16", DType::kFloat16);
+  module.attr("CUDA_VERSION") = CUDART_VERSION;
+  module.def("problem", &problem);
+
+  module.def(
+      "temporal_attn_forward",
+      [](const Sizes& sizes, double scale, DType dtype, const View& q, const View& k, const View& v, const View& out,
+         uintptr_t logsumexp, int device, uintptr_t stream) {
+        temporal_attn_forward({temporal_shape(sizes, scale, dtype), tensor(q), tensor(k), tensor(v), tensor(out),
+                               pointer<float>(logsumexp)},
+                              device, stream_of(stream));
+      },
+      no_gil);
+
+  module.def(
+      "temporal_attn_backward",
+      [](const Sizes& sizes, double scale, DType dtype, const View& q, const View& k, const View& v, const View& grad,
+         const View& dq, const View& dk, const View& dv, int device, uintptr_t stream) {
+        temporal_attn_backward({temporal_shape(sizes, scale, dtype), tensor(q), tensor(k), tensor(v), tensor(grad),
+                                tensor(dq), tensor(dk), tensor(dv)},
+                               device, stream_of(stream));
+      },
+      no_gil);
+
+  module.def(
+      "pyramid_st_attn_forward",
+      // sizes: B, T, N, H, D, Tk, Nk, R; table: address, stride of B, of T
+      [](const std::array<int64_t, 8>& sizes, double scale, DType dtype, const View& q, const View& k, const View& v,
+         const std::array<int64_t, 3>& table, bool one_query, uintptr_t out, uintptr_t logsumexp, int device,
+         uintptr_t stream) {
+        const auto [B, T, N, H, D, Tk, Nk, R] = sizes;
+        const PyramidShape shape{
+            B, H, T, N, Tk, Nk, static_cast<int>(D), static_cast<int>(R), static_cast<float>(scale), dtype};
+        pyramid_st_attn_forward({shape, tensor(q), tensor(k), tensor(v), pointer<const int32_t>(table[0]), table[1],
+                                 table[2], one_query, pointer<void>(out), pointer<float>(logsumexp)},
+                                device, stream_of(stream));
+      },
+      no_gil);
+}

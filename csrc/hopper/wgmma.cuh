@@ -1,0 +1,142 @@
+// Warpgroup matrix products (wgmma, sm_90a): the one family of Hopper instructions that <cuda/ptx> lacks.
+//
+// A product is m64nNk16: 64 rows shared by the four warps of a warpgroup, 16 each. Accumulator d[4j + e] of a lane is
+// row lane / 4 + 8 · (e / 2) of its warp, column 8j + 2 · (lane % 4) + e % 2; two neighbouring j, rounded, are the
+// operand of a next product: four registers a lane, 64 x 16. Operands in shared memory are tiles of 128-byte rows (64
+// elements) in the 128-byte swizzle, aligned to 1024 bytes.
+#pragma once
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+
+#include <cstdint>
+#include <type_traits>
+
+namespace univid::hopper {
+
+// A tile in shared memory as wgmma wants it described: address / 16, 1024 bytes from eight rows to the next eight,
+// 128-byte swizzle. Adding 2 steps 16 columns right, adding 128 steps 16 rows down.
+__device__ inline uint64_t tile_descriptor(const void* tile) {
+  const uint32_t address = static_cast<uint32_t>(__cvta_generic_to_shared(tile));
+  return uint64_t{address >> 4} | uint64_t{1} << 16 | uint64_t{1024 >> 4} << 32 | uint64_t{1} << 62;
+}
+
+// Before the first product that reads registers written by ordinary instructions.
+__device__ inline void wgmma_fence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
+
+__device__ inline void wgmma_commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
+
+// Waits until at most kPending of this warp's groups are under way.
+template <int kPending>
+__device__ inline void wgmma_wait() {
+  asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(kPending) : "memory");
+}
+
+// Keeps the compiler from moving reads and writes of registers across a wait or a fence.
+template <typename T, int kSize>
+__device__ inline void pin(T (&registers)[kSize]) {
+#pragma unroll
+  for (int i = 0; i < kSize; i++) {
+    if constexpr (std::is_same_v<T, float>)
+      asm volatile("" : "+f"(registers[i])::"memory");
+    else
+      asm volatile("" : "+r"(registers[i])::"memory");
+  }
+}
+
+// The numbers and the list of an asm statement's accumulators.
+#define UNIVID_D32                                                         \
+  "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, " \
+  "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31"
+#define UNIVID_D48 UNIVID_D32 ", %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47"
+#define UNIVID_F4(d, i) "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3])
+#define UNIVID_F16(d, i) UNIVID_F4(d, i), UNIVID_F4(d, i + 4), UNIVID_F4(d, i + 8), UNIVID_F4(d, i + 12)
+
+// d = or += a · b, a in registers. BY_ROWS: a row of the tile in shared memory is one element of the sum (b itself),
+// else one column of d (b transposed). Whether to accumulate is a predicate, which inline assembly has to make from a
+// register.
+#define UNIVID_WGMMA(NAME, ELEMENT, TYPE, N, SIZE, BY_ROWS, A0, A1, A2, A3, B, ADD, ...)            \
+  template <bool kAdd>                                                                              \
+  __device__ inline void NAME(ELEMENT, float (&d)[SIZE], const uint32_t* a, uint64_t b) {           \
+    asm volatile("{ .reg .pred add; setp.ne.b32 add, " ADD                                          \
+                 ", 0;\n"                                                                           \
+                 "wgmma.mma_async.sync.aligned.m64n" N "k16.f32." TYPE "." TYPE " {" UNIVID_D##SIZE \
+                 "}, {" A0 ", " A1 ", " A2 ", " A3 "}, " B ", add, 1, 1, " BY_ROWS "; }"            \
+                 : __VA_ARGS__                                                                      \
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "n"(int{kAdd}));             \
+  }
+#define UNIVID_WGMMA_32(NAME, ELEMENT, TYPE, BY_ROWS)                                                              \
+  UNIVID_WGMMA(NAME, ELEMENT, TYPE, "64", 32, BY_ROWS, "%32", "%33", "%34", "%35", "%36", "%37", UNIVID_F16(d, 0), \
+               UNIVID_F16(d, 16))
+#define UNIVID_WGMMA_48(NAME, ELEMENT, TYPE, BY_ROWS)                                                              \
+  UNIVID_WGMMA(NAME, ELEMENT, TYPE, "96", 48, BY_ROWS, "%48", "%49", "%50", "%51", "%52", "%53", UNIVID_F16(d, 0), \
+               UNIVID_F16(d, 16), UNIVID_F16(d, 32))
+
+UNIVID_WGMMA_32(multiply_by_rows, __nv_bfloat16, "bf16", "1")
+UNIVID_WGMMA_32(multiply_by_rows, __half, "f16", "1")
+UNIVID_WGMMA_48(multiply_by_columns, __nv_bfloat16, "bf16", "0")
+UNIVID_WGMMA_48(multiply_by_columns, __half, "f16", "0")
+
+#undef UNIVID_WGMMA_48
+#undef UNIVID_WGMMA_32
+#undef UNIVID_WGMMA
+#undef UNIVID_F16
+#undef UNIVID_F4
+#undef UNIVID_D48
+#undef UNIVID_D32
+
+// d (64 x 96) = a (64 x 64, 16 registers) · tileᵀ: starts the products.
+template <typename Element>
+__device__ inline void multiply_transposed(float (&d)[48], const uint32_t (&a)[16], uint64_t tile) {
+  multiply_by_columns<false>(Element{}, d, a, tile);
+#pragma unroll
+  for (int i = 1; i < 4; i++) multiply_by_columns<true>(Element{}, d, a + 4 * i, tile + 2 * i);
+}
+
+// d (64 x 64) += a (64 x K, K / 4 registers) · tile: starts the products.
+template <typename Element, int kRegisters>
+__device__ inline void multiply_add(float (&d)[32], const uint32_t (&a)[kRegisters], uint64_t tile) {
+#pragma unroll
+  for (int i = 0; i < kRegisters / 4; i++) multiply_by_rows<true>(Element{}, d, a + 4 * i, tile + 128 * i);
+}
+
+// Two floats rounded to neighbouring elements, `low` at the lower address.
+template <typename Element>
+__device__ inline uint32_t pack(float low, float high) {
+  uint32_t d;
+  if constexpr (std::is_same_v<Element, __half>)
+    asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(d) : "f"(high), "f"(low));
+  else
+    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(d) : "f"(high), "f"(low));
+  return d;
+}
+
+// The address of a lane's 16 bytes where a warp moves 16 columns, from 16 · i, of its rows of a swizzled 64 x 64 tile.
+__device__ inline uint32_t tile_address(const void* tile, int i, int warp, int lane) {
+  const int row = warp * 16 + lane % 16;
+  return static_cast<uint32_t>(__cvta_generic_to_shared(tile)) + row * 128 + (((2 * i + lane / 16) ^ (row % 8)) << 4);
+}
+
+// Reads a warp's 16 rows of a 64 x 64 tile as an operand.
+__device__ inline void load_tile(const void* tile, uint32_t (&a)[16], int warp, int lane) {
+#pragma unroll
+  for (int i = 0; i < 4; i++)
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(a[4 * i]), "=r"(a[4 * i + 1]), "=r"(a[4 * i + 2]), "=r"(a[4 * i + 3])
+                 : "r"(tile_address(tile, i, warp, lane))
+                 : "memory");
+}
+
+// Writes a warp's 16 rows of a 64 x 64 accumulator, rounded.
+template <typename Element>
+__device__ inline void store_tile(void* tile, const float (&d)[32], int warp, int lane) {
+#pragma unroll
+  for (int i = 0; i < 4; i++)
+    asm volatile(
+        "stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(tile_address(tile, i, warp, lane)),
+        "r"(pack<Element>(d[8 * i], d[8 * i + 1])), "r"(pack<Element>(d[8 * i + 2], d[8 * i + 3])),
+        "r"(pack<Element>(d[8 * i + 4], d[8 * i + 5])), "r"(pack<Element>(d[8 * i + 6], d[8 * i + 7]))
+        : "memory");
+}
+
+}  // namespace univid::hopper

@@ -1,0 +1,445 @@
+// pyramid_st_attn, forward, for Hopper: reference-frame attention with the gather in the copies' coordinates.
+//
+// A block takes 64 · kGroups queries of one (clip, head, row of the table) after another: one warp feeds it, kGroups
+// warpgroups of 64 queries compute. K and V come in tiles of kKeys, each made of boxes of `box_rows` tokens of one
+// frame: the box's frame coordinate is the table's entry. box_rows divides the frame where it can, so that nothing is
+// padded; else the last box of each frame ends in zeros, whose scores are struck out.
+//
+// A warpgroup has the product S = Q·Kᵀ of tile j and O += P·V of tile j - 1 under way together, exponentiates half of S
+// while the second still runs, and then the rest. The three take turns at starting products, so that one computes
+// exponentials while another's products run. Grid: as many blocks as multiprocessors, tile i + k · blocks each; (clip,
+// head) slowest, so that the K and V in use stay in L2.
+//
+// Registers of a lane: 48 scores, 24 + 12 of P, 32 of O, 16 of Q, of 160. Shared memory: 16 KB of Q and 8 KB of O a
+// warpgroup, 24 KB a stage of K and V: 217 KB of 227.
+//
+// Measured 2026-11-23 on one H200 (B = 2, T = 24, D = 64, bfloat16, do_bench after rests; 8192³ product 770), TFLOP/s
+// at N/H/R = 2880/5/3, 720/10/6, 180/20/12, 45/20/24: 559-600, 528-543, 406, 82 with a row a frame; 560-599, 553-581,
+// 460, 278 with a shared row.
+#include <algorithm>
+#include <cmath>
+
+#include "hopper/softmax.cuh"
+#include "hopper/tma.cuh"
+#include "hopper/wgmma.cuh"
+#include "pyramid.h"
+
+namespace univid {
+namespace {
+
+using namespace hopper;
+
+constexpr int kGroups = 3;      // warpgroups that compute
+constexpr int kRows = 64;       // queries of each
+constexpr int kKeys = 96;       // of a tile
+constexpr int kStages = 6;      // tiles of K, and of V, in shared memory
+constexpr int kQSlots = 2;      // tiles of Q
+constexpr int kRowBytes = 128;  // a token's 64 elements
+constexpr int kTileBytes = kRows * kRowBytes;
+constexpr int kKeyBytes = kKeys * kRowBytes;
+
+struct Arguments {
+  TensorMap q, k, v, out;
+  const int32_t* table;
+  int64_t table_stride_b, table_stride_t;
+  float* logsumexp;
+  int num_refs, key_frames;
+  int heads, groups, rows;         // the queries of a (clip, head): groups x rows
+  int tiles_per_group, num_tiles;  // of 64 · kGroups queries
+  int box_rows, boxes_per_tile, boxes_per_frame, last_box_rows;
+  int boxes_step;  // boxes_per_tile modulo boxes_per_frame
+  float scale_log2;
+};
+
+// Which queries a tile holds.
+struct Place {
+  int clip, head, group, row;
+
+  __device__ Place(const Arguments& args, int tile, int tile_rows) {
+    row = tile % args.tiles_per_group * tile_rows;
+    tile /= args.tiles_per_group;
+    group = tile % args.groups;
+    tile /= args.groups;
+    head = tile % args.heads;
+    clip = tile / args.heads;
+  }
+};
+
+__device__ const int32_t* references(const Arguments& args, const Place& place) {
+  return args.table + place.clip * args.table_stride_b + place.group * args.table_stride_t;
+}
+
+__device__ bool exists(int key_frames, int frame) { return 0 <= frame && frame < key_frames; }
+
+// How many entries of a tile's row exist; by a whole warp.
+__device__ int count_references(const Arguments& args, const Place& place) {
+  const int32_t* refs = references(args, place);
+  int count = 0;
+  for (int r = 0; r < args.num_refs; r += 32) {
+    const int i = r + threadIdx.x % 32;
+    count += __popc(
+        __ballot_sync(~0u, i < args.num_refs && exists(args.key_frames, __ldg(refs + min(i, args.num_refs - 1)))));
+  }
+  return count;
+}
+
+struct Shared {
+  alignas(1024) char q[kQSlots][kGroups][kTileBytes];
+  alignas(1024) char o[kGroups][kTileBytes];
+  alignas(1024) char k[kStages][kKeyBytes];
+  alignas(1024) char v[kStages][kKeyBytes];
+  Ring<kQSlots> q_ring[kGroups];
+  Ring<kStages> k_ring, v_ring;
+};
+
+// Reads the entries of a row of the table one after the other, past those that do not exist.
+class References {
+ public:
+  __device__ References(const Arguments& args, const Place& place)
+      : entry_(references(args, place)), end_(entry_ + args.num_refs), key_frames_(args.key_frames) {
+    skip();
+  }
+  __device__ bool more() const { return entry_ < end_; }
+  __device__ int frame() const { return frame_; }
+  __device__ void advance() {
+    entry_++;
+    skip();
+  }
+
+ private:
+  __device__ void skip() {
+    while (entry_ < end_ && !exists(key_frames_, frame_ = __ldg(entry_))) entry_++;
+  }
+
+  const int32_t *entry_, *end_;
+  int key_frames_, frame_ = 0;
+};
+
+// Starts the copies of a tile of K or V, once its slot is free, and goes on to the boxes after it.
+__device__ void load_keys(const Arguments& args, const TensorMap& map, const Place& place, References& refs, int& token,
+                          Ring<kStages>& ring, const Cursor<kStages>& at, char (&tiles)[kStages][kKeyBytes]) {
+  const int padded_tokens = args.boxes_per_frame * args.box_rows;
+  uint64_t* filled = &ring.filled[at.slot];
+  wait(&ring.free[at.slot], at.round ^ 1);
+  ptx::mbarrier_arrive_expect_tx(ptx::sem_release, ptx::scope_cta, ptx::space_shared, filled, kKeyBytes);
+  for (char* to = tiles[at.slot]; to < tiles[at.slot] + kKeyBytes; to += args.box_rows * kRowBytes) {
+    // Boxes past the last frame come as zeros, so that 0 · V is 0.
+    load_box(to, map, {refs.more() ? token : padded_tokens, place.head, refs.frame(), place.clip}, filled);
+    token += args.box_rows;
+    if (token == padded_tokens && refs.more()) {
+      token = 0;
+      refs.advance();
+    }
+  }
+}
+
+// The feeding thread.
+__device__ void produce(const Arguments& args, Shared& shared) {
+  Cursor<kQSlots> q_at;
+  Cursor<kStages> at;
+  for (int tile = blockIdx.x; tile < args.num_tiles; tile += gridDim.x) {
+    const Place place(args, tile, kGroups * kRows);
+    References refs(args, place);
+    if (!refs.more()) continue;
+    for (int w = 0; w < kGroups; w++) {
+      Ring<kQSlots>& ring = shared.q_ring[w];
+      wait(&ring.free[q_at.slot], q_at.round ^ 1);
+      ptx::mbarrier_arrive_expect_tx(ptx::sem_release, ptx::scope_cta, ptx::space_shared, &ring.filled[q_at.slot],
+                                     kTileBytes);
+      load_box(shared.q[q_at.slot][w], args.q, {place.row + w * kRows, place.head, place.group, place.clip},
+               &ring.filled[q_at.slot]);
+    }
+    q_at.advance();
+    int token = 0;
+    while (refs.more()) {
+      References v_refs = refs;
+      int v_token = token;
+      load_keys(args, args.k, place, refs, token, shared.k_ring, at, shared.k);
+      load_keys(args, args.v, place, v_refs, v_token, shared.v_ring, at, shared.v);
+      at.advance();
+    }
+  }
+}
+
+// Strikes out the scores of keys that do not exist. `first` is the index in its frame of the tile's first box, `left`
+// the number of boxes from it to the row's end.
+__device__ void mask(const Arguments& args, int first, int left, float (&s)[kKeys / 2]) {
+  const int boxes = args.boxes_per_tile;
+  const int column = threadIdx.x % 4 * 2;
+  uint32_t valid = 0;  // two bits for this lane's two columns of every eight
+  for (int i = 0; i < boxes; i++) {
+    const bool last = ++first == args.boxes_per_frame;  // of its frame
+    if (last) first = 0;
+    const int rows = i >= left ? 0 : last ? args.last_box_rows : args.box_rows;
+    const int columns = rows / 8 * 2 + min(max(rows % 8 - column, 0), 2);
+    valid |= ((1u << columns) - 1) << (args.box_rows / 4 * i);
+  }
+#pragma unroll
+  for (int i = 0; i < kKeys / 2; i++)
+    if (!(valid >> (i / 4 * 2 + i % 2) & 1)) s[i] = -INFINITY;
+}
+
+// A warpgroup of queries.
+template <typename Element>
+__device__ void consume(const Arguments& args, Shared& shared, int w) {
+  constexpr int kPacked = kKeys / 4, kHalf = kPacked / 2;
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32 % 4;
+  const int boxes = args.boxes_per_tile;
+  const bool whole_frames = args.last_box_rows == args.box_rows;
+  const uint32_t zero = args.num_tiles < 0;  // but the compiler does not know
+  Cursor<kQSlots> q_at;
+  Cursor<kStages> k_at, v_at;
+  Softmax<Element, kKeys> softmax(args.scale_log2);
+  float s[kKeys / 2], o[32];
+  uint32_t p[kPacked], q[16];
+  int tile = blockIdx.x;  // the tile of queries whose keys are being read
+  int first = 0;          // of the boxes of a frame, the next tile's first
+  int left = 0;           // boxes yet to be read for this tile of queries
+
+  const auto release = [&](uint64_t* barrier) {
+    if (lane == 0) ptx::mbarrier_arrive(barrier);
+  };
+  const auto take_turn = [&] { asm volatile("bar.sync %0, 256;" ::"r"(1 + w) : "memory"); };
+  const auto give_turn = [&](int to) { asm volatile("bar.arrive %0, 256;" ::"r"(1 + to) : "memory"); };
+  const auto start_scores = [&] {
+    pin(s);
+    pin(q);
+    wgmma_fence();
+    multiply_transposed<Element>(s, q, tile_descriptor(shared.k[k_at.slot]));
+    wgmma_commit();
+  };
+  const auto start_output = [&] {
+    pin(o);
+    pin(p);
+    wgmma_fence();
+    multiply_add<Element>(o, p, tile_descriptor(shared.v[v_at.slot]));
+    wgmma_commit();
+  };
+  const auto finish_scores = [&] {
+    pin(s);
+    release(&shared.k_ring.free[k_at.slot]);
+    k_at.advance();
+    if (left < boxes || (!whole_frames && first + boxes >= args.boxes_per_frame)) mask(args, first, left, s);
+    first += args.boxes_step;
+    if (first >= args.boxes_per_frame) first -= args.boxes_per_frame;
+    left -= boxes;
+  };
+  const auto finish_output = [&] {
+    pin(o);
+    pin(p);
+    release(&shared.v_ring.free[v_at.slot]);
+    v_at.advance();
+  };
+  const auto wait_k = [&] { wait(&shared.k_ring.filled[k_at.slot], k_at.round); };
+  const auto wait_v = [&] { wait(&shared.v_ring.filled[v_at.slot], v_at.round); };
+
+  // Writes o, and the logsumexp of its rows.
+  const auto store = [&](int tile, const float (&o)[32], const float (&logsumexp)[2]) {
+    const Place place(args, tile, kGroups * kRows);
+    const int row = place.row + w * kRows;
+    const int64_t line = (static_cast<int64_t>(place.clip) * args.heads + place.head) * args.groups + place.group;
+    if (lane % 4 == 0)
+#pragma unroll
+      for (int half = 0; half < 2; half++) {
+        const int r = row + warp * 16 + lane / 4 + 8 * half;
+        if (r < args.rows) args.logsumexp[line * args.rows + r] = logsumexp[half];
+      }
+    // The tile of o is free once the former copy from it has been read; the thread that started it says so at the
+    // barrier.
+    const auto meet = [&] { asm volatile("bar.sync %0, 128;" ::"r"(5 + w) : "memory"); };
+    const bool leader = threadIdx.x % 128 == 0;
+    if (leader) ptx::cp_async_bulk_wait_group_read(ptx::n32_t<0>());
+    meet();
+    store_tile<Element>(shared.o[w], o, warp, lane);
+    ptx::fence_proxy_async(ptx::space_shared);
+    meet();
+    if (leader) {
+      if (row < args.rows) store_box(args.out, {row, place.head, place.group, place.clip}, shared.o[w]);
+      ptx::cp_async_bulk_commit_group();
+    }
+  };
+  const auto clear = [&] {
+#pragma unroll
+    for (int i = 0; i < 32; i++) o[i] = 0;
+  };
+  // Goes to the next tile of queries that has keys. False: there is none.
+  bool skipped = false;
+  const auto next_tile = [&] {
+    for (; tile < args.num_tiles; tile += gridDim.x) {
+      left = count_references(args, Place(args, tile, kGroups * kRows)) * args.boxes_per_frame;
+      if (left > 0) {
+        first = 0;
+        wait(&shared.q_ring[w].filled[q_at.slot], q_at.round);
+        load_tile(shared.q[q_at.slot][w], q, warp, lane);
+        release(&shared.q_ring[w].free[q_at.slot]);
+        q_at.advance();
+        return true;
+      }
+      skipped = true;
+    }
+    return false;
+  };
+
+  if (w == 0) give_turn(0);
+  clear();
+  if (next_tile()) {
+    wait_k();
+    start_scores();
+    wgmma_wait<0>();
+    finish_scores();
+    softmax.start(s, p);
+    while (true) {
+      const int former = tile;
+      if (left <= 0) {
+        tile += gridDim.x;
+        if (!next_tile()) {
+          tile = former;
+          break;
+        }
+      }
+      wait_k();
+      wait_v();
+      take_turn();
+      start_scores();
+      start_output();
+      give_turn(w + 1 == kGroups ? 0 : w + 1);
+      wgmma_wait<1>();
+      finish_scores();
+      if (tile == former) {
+        // A branch between the halves, or else ptxas waits for the output before the first.
+        float sums[2] = {0, 0};
+        uint32_t p_half[kHalf];
+        softmax.template exponentiate<0, kHalf>(s, p_half, sums);
+        pin(p_half);
+        if (softmax.fits(sums)) {
+          wgmma_wait<0>();
+          finish_output();
+          softmax.template exponentiate<kHalf, kPacked>(s, p + kHalf, sums);
+#pragma unroll
+          for (int i = 0; i < kHalf; i++) p[i] = p_half[i] | zero;  // a plain move would be merged away, into p
+        } else {
+          asm volatile("// outgrown");  // so that the branches have no beginning in common
+          wgmma_wait<0>();
+          finish_output();
+        }
+        softmax.finish(s, p, sums, o);
+      } else {
+        wgmma_wait<0>();
+        finish_output();
+        float result[32], logsumexp[2];
+        softmax.divide(o, result, logsumexp);
+        store(former, result, logsumexp);
+        clear();
+        softmax.start(s, p);
+      }
+    }
+    wait_v();
+    start_output();
+    wgmma_wait<0>();
+    finish_output();
+    float result[32], logsumexp[2];
+    softmax.divide(o, result, logsumexp);
+    store(tile, result, logsumexp);
+  }
+  if (skipped) {
+    clear();
+    for (tile = blockIdx.x; tile < args.num_tiles; tile += gridDim.x)
+      if (count_references(args, Place(args, tile, kGroups * kRows)) == 0) store(tile, o, {-INFINITY, -INFINITY});
+  }
+  if (threadIdx.x % 128 == 0) ptx::cp_async_bulk_wait_group(ptx::n32_t<0>());
+}
+
+template <typename Element>
+__global__ void __launch_bounds__((kGroups + 1) * 128, 1) forward(const __grid_constant__ Arguments args) {
+  extern __shared__ char dynamic[];
+  Shared& shared = *reinterpret_cast<Shared*>((reinterpret_cast<uintptr_t>(dynamic) + 1023) & ~uintptr_t{1023});
+  if (threadIdx.x == 0) {
+    for (auto& ring : shared.q_ring) ring.init(4);
+    shared.k_ring.init(4 * kGroups);
+    shared.v_ring.init(4 * kGroups);
+    ptx::fence_mbarrier_init(ptx::sem_release, ptx::scope_cluster);
+    prefetch_map(args.q);
+    prefetch_map(args.k);
+    prefetch_map(args.v);
+    prefetch_map(args.out);
+  }
+  __syncthreads();
+  const int w = __shfl_sync(~0u, threadIdx.x / 128, 0);
+  if (w == kGroups) {
+    asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(32));
+    if (threadIdx.x == kGroups * 128) produce(args, shared);
+  } else {
+    asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(160));
+    consume<Element>(args, shared, w);
+  }
+}
+
+// Rows of a box: it divides a tile, is a multiple of 8 (the swizzle's period), and wastes least; the largest such.
+int choose_box_rows(int64_t tokens) {
+  int best = 0;
+  int64_t best_padded = 0;
+  for (int rows = kKeys; rows >= 16; rows -= 8) {
+    if (kKeys % rows != 0) continue;
+    const int64_t padded = (tokens + rows - 1) / rows * rows;
+    if (best == 0 || padded < best_padded) best = rows, best_padded = padded;
+  }
+  return best;
+}
+
+template <typename Element>
+void launch(const PyramidForward& call, int device, cudaStream_t stream) {
+  const PyramidShape& shape = call.shape;
+  const int64_t groups = call.one_query ? 1 : shape.frames;
+  const int64_t rows = shape.frames * shape.tokens / groups;
+  const auto map = [&](const TensorView& tensor, int64_t frames, int64_t tokens, int box) {
+    return tensor_map(tensor, shape.dtype, shape.batch, frames, tokens, shape.heads, box);
+  };
+  const int64_t stride_n = shape.heads * shape.head_dim;
+  const TensorView out{call.out, shape.frames * shape.tokens * stride_n, rows * stride_n, stride_n, shape.head_dim};
+  const int box = choose_box_rows(shape.key_tokens);
+
+  Arguments args;
+  args.q = map(call.q, groups, rows, kRows);
+  args.k = map(call.k, shape.key_frames, shape.key_tokens, box);
+  args.v = map(call.v, shape.key_frames, shape.key_tokens, box);
+  args.out = map(out, groups, rows, kRows);
+  args.table = call.table;
+  args.table_stride_b = call.table_stride_b;
+  args.table_stride_t = call.table_stride_t;
+  args.logsumexp = call.logsumexp;
+  args.num_refs = shape.num_refs;
+  args.key_frames = static_cast<int>(shape.key_frames);
+  args.heads = static_cast<int>(shape.heads);
+  args.groups = static_cast<int>(groups);
+  args.rows = static_cast<int>(rows);
+  args.tiles_per_group = static_cast<int>((rows + kGroups * kRows - 1) / (kGroups * kRows));
+  const int64_t num_tiles = shape.batch * shape.heads * groups * args.tiles_per_group;
+  if (num_tiles > INT32_MAX / 2) throw std::invalid_argument("too many queries");
+  args.num_tiles = static_cast<int>(num_tiles);
+  args.box_rows = box;
+  args.boxes_per_tile = kKeys / box;
+  args.boxes_per_frame = static_cast<int>((shape.key_tokens + box - 1) / box);
+  args.boxes_step = args.boxes_per_tile % args.boxes_per_frame;
+  args.last_box_rows = static_cast<int>(shape.key_tokens - (args.boxes_per_frame - 1) * int64_t{box});
+  args.scale_log2 = shape.scale * static_cast<float>(M_LOG2E);
+
+  const auto kernel = forward<Element>;
+  static OncePerDevice once;
+  prepare(once, kernel, device);
+  int processors = 0;
+  check(cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device), "cudaDeviceGetAttribute");
+  kernel<<<std::min<int64_t>(num_tiles, processors), (kGroups + 1) * 128, sizeof(Shared) + 1024, stream>>>(args);
+  check(cudaGetLastError(), "pyramid_st_attn forward");
+}
+
+}  // namespace
+
+void pyramid_st_attn_forward(const PyramidForward& args, int device, cudaStream_t stream) {
+  const DeviceGuard guard(device);
+  if (args.shape.dtype == DType::kBFloat16)
+    launch<__nv_bfloat16>(args, device, stream);
+  else
+    launch<__half>(args, device, stream);
+}
+
+}  // namespace univid

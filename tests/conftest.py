@@ -1,0 +1,35 @@
+"""Settings of every test: fixed seeds, no autotuning, and who runs where (``gpu``, ``interpreter``)."""
+
+import os
+
+# Before univid is imported: kernels run in their default configuration, and nothing outside chooses a backend.
+os.environ["UNIVID_AUTOTUNE"] = "0"
+os.environ.pop("UNIVID_BACKEND", None)
+
+import pytest
+import torch
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # Triton reads it as its kernels are decorated
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    torch.set_num_threads(
+        1
+    )  # the tensors are small: on a busy machine threads that wait for each other cost more than they save
+    config.addinivalue_line("markers", "interpreter: needs TRITON_INTERPRET=1 (test_triton_interpreter.py sets it)")
+
+
+@pytest.hookimpl(trylast=True)  # once -m and -k have chosen
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    others = [item for item in items if bool(item.get_closest_marker("interpreter")) != INTERPRETED]
+    if others:
+        items[:] = [item for item in items if item not in set(others)]
+        config.hook.pytest_deselected(items=others)
+    needing = sum(item.get_closest_marker("gpu") is not None for item in items)
+    if needing and not torch.cuda.is_available():
+        raise pytest.UsageError(f"{needing} of the selected tests need an NVIDIA GPU, and torch finds none here")
+
+
+@pytest.fixture(autouse=True)
+def _seeded() -> None:
+    torch.manual_seed(0)

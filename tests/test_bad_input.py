@@ -1,0 +1,574 @@
+"""Bad input: a ValueError or a TypeError from the public function, on every backend alike.
+
+Its message begins with the argument's name, and says what it got and what it needs.
+"""
+
+import re
+from functools import partial
+
+import pytest
+import torch
+
+from univid import ops
+from univid.ops import ReferenceFrames
+from univid.ops.explain import backends_for
+
+B, T, N, H, D = 2, 4, 3, 2, 8
+LENGTH, C, C_OUT, K, GROUPS = 5, 6, 4, 3, 3
+
+BACKENDS = (None, "torch", "reference")
+ON_A_CARD = ("triton", "cuda")
+backends = pytest.mark.parametrize("backend", BACKENDS)
+all_backends = pytest.mark.parametrize(
+    "backend", [*BACKENDS, *(pytest.param(backend, marks=pytest.mark.gpu) for backend in ON_A_CARD)]
+)
+
+
+def arguments(operator):
+    """Arguments that the operator takes, by name."""
+    randn = partial(torch.randn, generator=torch.Generator().manual_seed(0))
+    frames, packed, prompt = (B, T, N, H, D), (B, T, N, 3, H, D), (B, LENGTH, H, D)
+    q, k, v = ({name: randn(frames)} for name in "qkv")
+    return {
+        "pyramid_st_attn": lambda: q | k | v | {"refs": ReferenceFrames.pyramid(T, 2)},
+        "pyramid_st_attn_qkv": lambda: {"qkv": randn(packed), "refs": ReferenceFrames.pyramid(T, 2)},
+        "temporal_attn": lambda: q | k | v,
+        "temporal_attn_qkv": lambda: {"qkv": randn(packed)},
+        "dual_stream_attn": lambda: (
+            q
+            | {name: randn(prompt) for name in ("k_text", "v_text", "k_image", "v_image")}
+            | {"text_weight": randn(B, T), "image_weight": 0.5}
+        ),
+        "temporal_conv": lambda: {
+            "x": randn(B, T, N, C),
+            "weight": randn(C_OUT, C, K),
+            "bias": randn(C_OUT),
+            "residual": randn(B, T, N, C_OUT),
+        },
+        "group_norm_silu": lambda: {
+            "x": randn(B, N, C),
+            "num_groups": GROUPS,
+            "weight": randn(C),
+            "bias": randn(C),
+            "eps": 1e-5,
+        },
+    }[operator]()
+
+
+OPERATORS = [name for name in ops.__all__ if name not in ("BACKENDS", "ReferenceFrames", "explain")]
+ATTENTION = [name for name in OPERATORS if "attn" in name]
+PYRAMIDS = [name for name in OPERATORS if "pyramid" in name]
+
+
+def tensors(names=None, *, first=True):
+    """Every (operator, tensor argument), but for weights of streams and tables, which have tests of their own.
+
+    ``first=False`` leaves out the first argument, which the others are to be like.
+    """
+    return [
+        (operator, name)
+        for operator in OPERATORS
+        for i, (name, value) in enumerate(arguments(operator).items())
+        if isinstance(value, torch.Tensor) and name != "text_weight"
+        if (names is None or name in names) and (first or i > 0)
+    ]
+
+
+def run(operator, **changes):
+    return getattr(ops, operator)(**(arguments(operator) | changes))
+
+
+def refused(error, name, operator, **changes):
+    """The call raises ``error``, naming the argument, what it got and what it needs; the message."""
+    with pytest.raises((ValueError, TypeError)) as raised:
+        run(operator, **changes)
+    message = str(raised.value)
+    assert raised.type is error, message
+    assert re.match(rf"{re.escape(name)}: got .+, (but|needs) .*", message) and "needs " in message, message
+    return message
+
+
+@backends
+@pytest.mark.parametrize("operator", OPERATORS)
+def test_arguments_are_good(operator, backend):
+    assert run(operator, backend=backend).isfinite().all()
+
+
+# --- any tensor -------------------------------------------------------------------------------------------------------
+
+
+@backends
+@pytest.mark.parametrize("value", [[[1.0]], "q", 3.0], ids=repr)
+@pytest.mark.parametrize(("operator", "name"), tensors())
+def test_not_a_tensor(operator, name, value, backend):
+    message = refused(TypeError, name, operator, backend=backend, **{name: value})
+    assert f"got {type(value).__name__}, needs a tensor" in message
+
+
+@pytest.mark.parametrize(("operator", "name"), tensors(["q", "qkv", "x", "weight", "k", "v"]))
+def test_none(operator, name):
+    refused(TypeError, name, operator, **{name: None})
+
+
+@backends
+@pytest.mark.parametrize("dtype", [torch.int64, torch.uint8, torch.bool, torch.float8_e4m3fn, torch.complex64], ids=str)
+@pytest.mark.parametrize(("operator", "name"), tensors())
+def test_dtype(operator, name, dtype, backend):
+    value = arguments(operator)[name].to(dtype)
+    message = refused(TypeError, name, operator, backend=backend, **{name: value})
+    assert f"got {dtype}".replace("torch.", "") in message and "bfloat16" in message
+
+
+@backends
+@pytest.mark.parametrize(("operator", "name"), tensors(first=False))
+def test_other_dtype_than_the_first(operator, name, backend):
+    value = arguments(operator)[name].bfloat16()
+    assert "float32" in refused(TypeError, name, operator, backend=backend, **{name: value})
+
+
+@backends
+@pytest.mark.parametrize(("operator", "name"), tensors())
+def test_rank(operator, name, backend):
+    x = arguments(operator)[name]
+    any_rank = (operator, name) == ("dual_stream_attn", "q")  # from 3 on
+    for wrong in (x[0, 0, 0],) if any_rank else (x[0], x[None]):
+        assert str(tuple(wrong.shape)) in refused(ValueError, name, operator, backend=backend, **{name: wrong})
+
+
+@backends
+@pytest.mark.parametrize(("operator", "name"), tensors(first=False))
+def test_device(operator, name, backend):
+    message = refused(ValueError, name, operator, backend=backend, **{name: arguments(operator)[name].to("meta")})
+    assert "on meta" in message and "cpu" in message
+
+
+@backends
+@pytest.mark.parametrize(("operator", "name"), tensors(["q", "k", "v", "qkv", "x", "k_text", "v_image"]))
+def test_last_dimension_is_not_contiguous(operator, name, backend):
+    x = arguments(operator)[name]
+    strided = x.transpose(-1, -2).contiguous().transpose(-1, -2)
+    assert "stride" in refused(ValueError, name, operator, backend=backend, **{name: strided})
+    assert "stride" in refused(ValueError, name, operator, backend=backend, **{name: x[..., :1].expand(x.shape)})
+
+
+# --- shapes -----------------------------------------------------------------------------------------------------------
+
+WRONG_SHAPES = [
+    ("pyramid_st_attn", "k", (B + 1, T, N, H, D)),
+    ("pyramid_st_attn", "k", (1, T, N, H, D)),
+    ("pyramid_st_attn", "k", (B, T, N, H + 1, D)),
+    ("pyramid_st_attn", "k", (B, T, N, H, 2 * D)),
+    ("pyramid_st_attn", "v", (B, T + 1, N, H, D)),
+    ("pyramid_st_attn", "v", (B, T, N + 1, H, D)),
+    ("pyramid_st_attn", "v", (B, T, N, H, 2 * D)),
+    ("pyramid_st_attn_qkv", "qkv", (B, T, N, 2, H, D)),
+    ("temporal_attn", "k", (B, T + 1, N, H, D)),
+    ("temporal_attn", "k", (B, T, 1, H, D)),
+    ("temporal_attn", "v", (B, T, N, H, 2 * D)),
+    ("temporal_attn_qkv", "qkv", (B, T, N, 4, H, D)),
+    ("dual_stream_attn", "k_text", (B + 1, LENGTH, H, D)),
+    ("dual_stream_attn", "k_text", (B, LENGTH, H + 1, D)),
+    ("dual_stream_attn", "v_text", (B, LENGTH + 1, H, D)),
+    ("dual_stream_attn", "k_image", (B, LENGTH, H, 2 * D)),
+    ("dual_stream_attn", "v_image", (B, LENGTH, H, 2 * D)),
+    ("temporal_conv", "weight", (C_OUT, C + 1, K)),
+    ("temporal_conv", "weight", (C_OUT, C, 2)),
+    ("temporal_conv", "weight", (C_OUT, C, 4)),
+    ("temporal_conv", "bias", (C_OUT + 1,)),
+    ("temporal_conv", "bias", (1,)),
+    ("temporal_conv", "residual", (B, T, N, C)),
+    ("temporal_conv", "residual", (1, T, N, C_OUT)),
+    ("group_norm_silu", "weight", (C + 1,)),
+    ("group_norm_silu", "bias", (1,)),
+]
+
+
+@backends
+@pytest.mark.parametrize(("operator", "name", "shape"), WRONG_SHAPES)
+def test_shape(operator, name, shape, backend):
+    assert str(tuple(shape)) in refused(ValueError, name, operator, backend=backend, **{name: torch.randn(shape)})
+
+
+EMPTY_SHAPES = [  # T = 0, and other dimensions that may not be empty
+    ("pyramid_st_attn", "q", (B, 0, N, H, D)),
+    ("pyramid_st_attn", "q", (B, T, N, 0, D)),
+    ("pyramid_st_attn", "q", (B, T, N, H, 0)),
+    ("pyramid_st_attn", "k", (B, 0, N, H, D)),
+    ("pyramid_st_attn_qkv", "qkv", (B, 0, N, 3, H, D)),
+    ("temporal_attn", "q", (B, 0, N, H, D)),
+    ("temporal_attn_qkv", "qkv", (B, 0, N, 3, H, D)),
+    ("dual_stream_attn", "q", (B, 0, N, H, D)),
+    ("dual_stream_attn", "q", (B, T, N, H, 0)),
+    ("dual_stream_attn", "k_text", (B, 0, H, D)),
+    ("temporal_conv", "x", (B, 0, N, C)),
+    ("temporal_conv", "x", (B, T, N, 0)),
+    ("temporal_conv", "weight", (0, C, K)),
+    ("temporal_conv", "weight", (C_OUT, C, 0)),
+    ("group_norm_silu", "x", (B, N, 0)),
+]
+
+
+@backends
+@pytest.mark.parametrize(("operator", "name", "shape"), EMPTY_SHAPES)
+def test_empty_dimension(operator, name, shape, backend):
+    assert ">= 1" in refused(ValueError, name, operator, backend=backend, **{name: torch.randn(shape)})
+
+
+@backends
+@pytest.mark.parametrize("value", [4, 12, 0, -3])
+def test_groups_do_not_divide(value, backend):
+    refused(ValueError, "num_groups", "group_norm_silu", num_groups=value, backend=backend)
+
+
+@pytest.mark.parametrize("value", [2.0, "3", True, None, torch.tensor(3)], ids=repr)
+def test_groups_are_no_integer(value):
+    refused(TypeError, "num_groups", "group_norm_silu", num_groups=value)
+
+
+# --- numbers ----------------------------------------------------------------------------------------------------------
+
+NOT_NUMBERS = ["1", True, 1j, [0.5]]
+
+
+@backends
+@pytest.mark.parametrize("value", [0, 0.0, -1.0, float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize(
+    ("operator", "name"), [*((name, "scale") for name in ATTENTION), ("group_norm_silu", "eps")], ids=str
+)
+def test_number_out_of_range(operator, name, value, backend):
+    refused(ValueError, name, operator, backend=backend, **{name: value})
+
+
+@pytest.mark.parametrize("value", [*NOT_NUMBERS, torch.tensor(0.5)], ids=repr)
+@pytest.mark.parametrize(
+    ("operator", "name"), [*((name, "scale") for name in ATTENTION), ("group_norm_silu", "eps")], ids=str
+)
+def test_not_a_number(operator, name, value):
+    refused(TypeError, name, operator, **{name: value})
+
+
+# --- reference frames -------------------------------------------------------------------------------------------------
+
+
+@backends
+@pytest.mark.parametrize("operator", PYRAMIDS)
+@pytest.mark.parametrize(
+    "refs",
+    [None, [[0]] * T, 0, torch.zeros(T, 2), torch.zeros(T, 2, dtype=torch.bool), torch.zeros(T, 2, dtype=torch.cfloat)],
+    ids=["None", "list", "int", "float tensor", "bool tensor", "complex tensor"],
+)
+def test_table_type(operator, refs, backend):
+    refused(TypeError, "refs", operator, refs=refs, backend=backend)
+
+
+WRONG_TABLES = {
+    "rank 0": (),
+    "rank 4": (1, B, T, 2),
+    "T": (T + 1, 2),
+    "T of (B, T, R)": (B, T + 1, 2),
+    "T of one": (1, 2),
+    "B": (B + 1, T, 2),
+}
+
+
+@backends
+@pytest.mark.parametrize("operator", PYRAMIDS)
+@pytest.mark.parametrize("shape", WRONG_TABLES.values(), ids=WRONG_TABLES)
+def test_table_shape(operator, shape, backend):
+    table = torch.zeros(shape, dtype=torch.int32)
+    assert str(tuple(shape)) in refused(ValueError, "refs", operator, refs=table, backend=backend)
+    if len(shape) in (2, 3):
+        refs = ReferenceFrames.from_table(table, T)
+        refused(ValueError, "refs", operator, refs=refs, backend=backend)
+
+
+@backends
+@pytest.mark.parametrize("operator", PYRAMIDS)
+def test_table_over_other_key_frames(operator, backend):
+    refs = ReferenceFrames.from_table(torch.zeros(T, 2, dtype=torch.int32), T + 3)
+    message = refused(ValueError, "refs", operator, refs=refs, backend=backend)
+    assert str(T + 3) in message and str(T) in message
+
+
+@backends
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int64, torch.int16], ids=str)
+@pytest.mark.parametrize("shape", [(3,), (T, 3), (B, T, 3)], ids=str)
+@pytest.mark.parametrize("entry", [T, -2, 30000])
+@pytest.mark.parametrize("operator", PYRAMIDS)
+def test_entry_out_of_range(operator, entry, shape, dtype, backend):
+    table = torch.zeros(shape, dtype=dtype)
+    table.view(-1)[-2] = entry
+    message = refused(ValueError, "refs", operator, refs=table, backend=backend)
+    assert str(entry) in message and f"[0, {T})" in message
+
+
+@pytest.mark.parametrize("entry", [2**31, 2**32, -(2**32), 2**62])
+def test_entry_beyond_32_bits(entry):
+    table = torch.tensor([entry])
+    assert str(entry) in refused(ValueError, "refs", "pyramid_st_attn", refs=table)
+    with pytest.raises(ValueError, match=str(entry)):
+        ReferenceFrames.from_table(table[None], 4)
+
+
+@backends
+@pytest.mark.parametrize("operator", PYRAMIDS)
+def test_table_on_another_device(operator, backend):
+    table = torch.zeros(T, 2, dtype=torch.int32, device="meta")
+    assert "meta" in refused(ValueError, "refs", operator, refs=table, backend=backend)
+
+
+# --- streams ----------------------------------------------------------------------------------------------------------
+
+ABSENT = dict.fromkeys(("k_text", "v_text", "k_image", "v_image"))
+
+
+@backends
+@pytest.mark.parametrize(
+    "changes",
+    [
+        ABSENT,
+        {"text_weight": 0, "image_weight": 0.0},
+        {"k_text": None, "v_text": None, "image_weight": 0},
+        {"k_image": None, "v_image": None, "text_weight": 0.0},
+        ABSENT | {"text_weight": torch.ones(B)},
+    ],
+    ids=["no keys", "weights 0", "no text, image 0", "no image, text 0", "no keys, tensor weight"],
+)
+def test_both_streams_absent(changes, backend):
+    refused(ValueError, "k_text, k_image", "dual_stream_attn", backend=backend, **changes)
+
+
+@backends
+@pytest.mark.parametrize(("given", "missing"), [("k_text", "v_text"), ("v_text", "k_text"), ("k_image", "v_image")])
+def test_half_a_stream(given, missing, backend):
+    assert given in refused(ValueError, missing, "dual_stream_attn", backend=backend, **{missing: None})
+
+
+@backends
+@pytest.mark.parametrize("name", ["text_weight", "image_weight"])
+@pytest.mark.parametrize("value", [*NOT_NUMBERS, None, torch.ones(B, dtype=torch.int64)], ids=repr)
+def test_weight_type(name, value, backend):
+    refused(TypeError, name, "dual_stream_attn", backend=backend, **{name: value})
+
+
+@backends
+@pytest.mark.parametrize("name", ["text_weight", "image_weight"])
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_weight_is_not_finite(name, value, backend):
+    refused(ValueError, name, "dual_stream_attn", backend=backend, **{name: value})
+
+
+@backends
+@pytest.mark.parametrize("name", ["text_weight", "image_weight"])
+@pytest.mark.parametrize(
+    "shape", [(B + 1,), (T,), (B, T + 1), (N, T), (B, T, N, H), (B, T, N, 1), (B, T, 2), (0,)], ids=str
+)
+def test_weight_shape(name, shape, backend):
+    message = refused(ValueError, name, "dual_stream_attn", backend=backend, **{name: torch.ones(shape)})
+    assert str(shape) in message
+
+
+@pytest.mark.parametrize("name", ["text_weight", "image_weight"])
+def test_weight_on_another_device(name):
+    refused(ValueError, name, "dual_stream_attn", **{name: torch.ones(B, device="meta")})
+
+
+# --- backends ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("value", ["fastest", "", "Torch", 3, ["torch"]], ids=repr)
+@pytest.mark.parametrize("operator", OPERATORS)
+def test_unknown_backend(operator, value):
+    assert "'triton'" in refused(ValueError, "backend", operator, backend=value)
+
+
+@pytest.mark.parametrize("operator", OPERATORS)
+def test_unknown_backend_in_the_environment(operator, monkeypatch):
+    monkeypatch.setenv("UNIVID_BACKEND", "fastest")
+    assert "'fastest'" in refused(ValueError, "UNIVID_BACKEND", operator)
+    run(operator, backend="torch")  # an explicit one goes before it
+
+
+@pytest.mark.parametrize("by_environment", [False, True])
+@pytest.mark.parametrize("backend", ["triton", "cuda"])
+@pytest.mark.parametrize("operator", OPERATORS)
+def test_backend_that_cannot_run(operator, backend, by_environment, monkeypatch):
+    """The tensors are on the CPU."""
+    _, refusals = backends_for(operator, **arguments(operator))
+    if refusals[backend] is None:
+        pytest.skip("runs here (Triton's interpreter)")
+    if by_environment:
+        monkeypatch.setenv("UNIVID_BACKEND", backend)
+    with pytest.raises(RuntimeError, match="cannot run") as raised:
+        run(operator, **({} if by_environment else {"backend": backend}))
+    assert str(raised.value).startswith(f"backend: {backend!r}") and refusals[backend] in str(raised.value)
+
+
+# --- what is not bad --------------------------------------------------------------------------------------------------
+
+
+def placed(backend, inputs):
+    """The inputs of a backend that runs on a card are there, in bfloat16."""
+    if backend not in ON_A_CARD:
+        return inputs
+    return {
+        name: x.to("cuda", torch.bfloat16 if x.is_floating_point() else x.dtype) if isinstance(x, torch.Tensor) else x
+        for name, x in inputs.items()
+    }
+
+
+def gradients(operator, form=None, *, backend, **changes):
+    """The output, and the gradients of every floating-point tensor, by name; ``form`` strides the incoming one."""
+    inputs = placed(backend, arguments(operator) | changes)
+    if backend == "cuda" and (refusal := backends_for(operator, **inputs)[1]["cuda"]):
+        pytest.skip(refusal)
+    leaves = {name: x for name, x in inputs.items() if isinstance(x, torch.Tensor) and x.is_floating_point()}
+    for x in leaves.values():
+        x.requires_grad_()
+    out = getattr(ops, operator)(**inputs, backend=backend)
+    grad = torch.randn(out.shape, generator=torch.Generator().manual_seed(1)).to(out)
+    grad = grad if form is None else form(grad)
+    return out, dict(zip(leaves, torch.autograd.grad(out, list(leaves.values()), grad), strict=True))
+
+
+WEIGHTS = {
+    "C contiguous": lambda w: w.transpose(1, 2).contiguous().transpose(1, 2),
+    "C_out contiguous": lambda w: w.permute(1, 2, 0).contiguous().permute(2, 0, 1),
+    "sliced": lambda w: w.repeat(2, 2, 2)[::2, ::2, ::2],
+    "expanded": lambda w: w[:, :1, :1].expand_as(w),
+}
+
+
+@backends
+@pytest.mark.parametrize("form", WEIGHTS)
+def test_weight_of_temporal_conv_has_any_strides(form, backend):
+    weight = WEIGHTS[form](arguments("temporal_conv")["weight"]).detach()
+    assert not weight.is_contiguous()
+    out, given = gradients("temporal_conv", weight=weight, backend=backend)
+    expected, wanted = gradients("temporal_conv", weight=weight.detach().contiguous(), backend=backend)
+    torch.testing.assert_close(out, expected)
+    torch.testing.assert_close(given, wanted)
+
+
+GRADS = {
+    "expanded": lambda g: g.flatten()[0].expand_as(g),
+    "expanded rows": lambda g: g[:, :1].expand_as(g),
+    "transposed": lambda g: g.transpose(-1, -2).contiguous().transpose(-1, -2),
+    "clips innermost": lambda g: g.movedim(0, -1).contiguous().movedim(-1, 0),
+    "sliced": lambda g: g.repeat_interleave(2, -1)[..., ::2],
+}
+
+
+@all_backends
+@pytest.mark.parametrize("form", GRADS)
+@pytest.mark.parametrize("operator", OPERATORS)
+def test_incoming_gradient_has_any_strides(operator, form, backend):
+    _, given = gradients(operator, GRADS[form], backend=backend)
+    _, wanted = gradients(operator, lambda grad: GRADS[form](grad).contiguous(), backend=backend)
+    torch.testing.assert_close(given, wanted)
+
+
+@all_backends
+@pytest.mark.parametrize("empty", ["clips", "tokens"])
+@pytest.mark.parametrize("operator", OPERATORS)
+def test_nothing_in_nothing_out(operator, empty, backend):
+    """B = 0 or N = 0 gives an empty result, and parameters zero gradients."""
+    dim = {"clips": 0, "tokens": 1 if operator == "group_norm_silu" else 2}[empty]
+    shared = [*(("text_weight",) if operator == "dual_stream_attn" else ("weight", "bias"))]
+    if empty == "tokens":
+        shared += ["k_text", "v_text", "k_image", "v_image"]
+    changes = {
+        name: x.narrow(0 if name == "text_weight" else dim, 0, 0)
+        for name, x in arguments(operator).items()
+        if isinstance(x, torch.Tensor) and (name not in shared or (name == "text_weight" and empty == "clips"))
+    }
+    out, given = gradients(operator, backend=backend, **changes)
+    assert out.numel() == 0 and out.shape[dim] == 0
+    inputs = arguments(operator) | changes
+    assert all(g.shape == inputs[name].shape and not g.any() for name, g in given.items())
+
+
+def test_no_key_tokens():
+    """Nk = 0: every row is without keys."""
+    q, k = torch.randn(B, T, N, H, D, requires_grad=True), torch.randn(B, T, 0, H, D, requires_grad=True)
+    out = ops.pyramid_st_attn(q, k, k, ReferenceFrames.all(T))
+    out.sum().backward()
+    assert out.shape == q.shape and not out.any() and not q.grad.any() and k.grad.shape == k.shape
+
+
+@pytest.mark.parametrize(
+    ("backend", "dtype"),
+    [(backend, dtype) for backend in BACKENDS for dtype in (torch.float32, torch.float16, torch.bfloat16)]
+    + [pytest.param(backend, torch.bfloat16, marks=pytest.mark.gpu) for backend in ON_A_CARD],
+)
+@pytest.mark.parametrize("signs", ["both", "positive", "negative"])
+@pytest.mark.parametrize("operator", ATTENTION)
+def test_large_logits(operator, signs, dtype, backend):
+    """Logits of ±1e4 give no NaN, forward and gradients."""
+    inputs = arguments(operator)
+    for name, x in inputs.items():
+        if isinstance(x, torch.Tensor) and name != "text_weight":
+            x = inputs[name] = x.to(dtype)
+        query, *keys = x.unbind(3)[:2] if name == "qkv" else (x if name == "q" else None,)
+        keys += [x] if name in ("k", "k_text", "k_image") else []
+        if query is not None:
+            query.zero_()[..., 0] = 100.0
+        for key in keys:
+            alternating = torch.where(torch.arange(key[..., 0].numel()) % 2 == 0, 1.0, -1.0)
+            sign = {"both": alternating.view(key.shape[:-1]), "positive": 1.0, "negative": -1.0}[signs]
+            key.zero_()[..., 0] = 100.0 * sign
+    out, given = gradients(operator, scale=1.0, backend=backend, **inputs)
+    assert out.isfinite().all()
+    assert all(g.isfinite().all() for g in given.values())
+
+
+@all_backends
+@pytest.mark.parametrize("raw", [False, True])
+@pytest.mark.parametrize("operator", PYRAMIDS)
+def test_rows_without_references(operator, raw, backend):
+    """They give 0 and pass no gradient; nothing is NaN, with large logits too."""
+    table = torch.tensor([[0, 1], [-1, -1], [-1, 2], [-1, -1]])
+    refs = table if raw else ReferenceFrames.from_table(table, T)
+    scale = 1e4
+    out, given = gradients(operator, refs=refs, scale=scale, backend=backend)
+    assert out.isfinite().all() and out[:, [0, 2]].any() and not out[:, [1, 3]].any()
+    assert all(g.isfinite().all() for g in given.values())
+    dq, dk, dv = (given[name] for name in "qkv") if "q" in given else given["qkv"].unbind(3)
+    assert not dq[:, [1, 3]].any()
+    assert not dk[:, 3].any() and not dv[:, 3].any() and dv[:, :3].any()
+
+
+@all_backends
+@pytest.mark.parametrize("operator", PYRAMIDS)
+@pytest.mark.parametrize("table", [torch.full((T, 2), -1), torch.zeros(T, 0, dtype=torch.int64)], ids=["-1", "R = 0"])
+def test_no_references_at_all(operator, table, backend):
+    for refs in (table, ReferenceFrames.from_table(table, T)):
+        out, given = gradients(operator, refs=refs, backend=backend)
+        assert not out.any() and not any(g.any() for g in given.values())
+
+
+@all_backends
+def test_constant_groups(backend):
+    """A variance of 0 gives no NaN."""
+    out, given = gradients("group_norm_silu", x=torch.full((B, N, C), 3.0), backend=backend)
+    assert out.isfinite().all() and all(g.isfinite().all() for g in given.values())
+
+
+# --- on a card --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("operator", "name"), tensors(first=False))
+def test_mixed_devices(operator, name):
+    """One argument is left on the host."""
+    inputs = {k: x.cuda() if isinstance(x, torch.Tensor) else x for k, x in arguments(operator).items()}
+    message = refused(ValueError, name, operator, **(inputs | {name: inputs[name].cpu()}))
+    assert "on cpu" in message and "cuda" in message
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("operator", PYRAMIDS)
+def test_host_table_with_a_card(operator):
+    inputs = {k: x.cuda() if isinstance(x, torch.Tensor) else x for k, x in arguments(operator).items()}
+    refused(ValueError, "refs", operator, **(inputs | {"refs": torch.zeros(T, 2, dtype=torch.int32)}))
+    run(operator, **inputs)  # a ReferenceFrames moves itself

@@ -1,0 +1,115 @@
+"""What the pages say is true: their examples run as printed, the operators' table is complete, and the demo passes."""
+
+import os
+import re
+import subprocess
+import sys
+import tomllib
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+import torch
+
+import univid
+from univid import demo, ops
+from univid.ops import dispatch
+from univid.ops.explain import _OPERATORS
+
+ROOT = Path(__file__).parent.parent
+PAGES = ("README.md", "docs/operators.md")
+EXAMPLE = re.compile(r"^```python\n(?P<code>.*?)^```\n(\n```text\n(?P<output>.*?)^```\n)?", re.DOTALL | re.MULTILINE)
+END = "\f"  # printed after every example
+
+
+on_each_device = pytest.mark.parametrize("gpu", [False, pytest.param(True, marks=pytest.mark.gpu)], ids=["cpu", "gpu"])
+
+
+def python(*arguments: str, stdin: str | None = None, gpu: bool = False) -> subprocess.CompletedProcess:
+    environment = os.environ if gpu else {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
+    return subprocess.run(
+        [sys.executable, *arguments], input=stdin, capture_output=True, text=True, cwd=ROOT, env=environment
+    )
+
+
+def examples(page: str) -> tuple[str, list[str | None]]:
+    """A page's Python blocks as one program, on the lines where the page has them, and what it says each of them prints
+    (in a block ``text`` right below it) or None."""
+    text = (ROOT / page).read_text()
+    program, printed = "", []
+    for block in EXAMPLE.finditer(text):
+        line = text.count("\n", 0, block.start("code"))
+        program += "\n" * (line - program.count("\n")) + block["code"] + f"print({END!r})\n"
+        printed.append(block["output"])
+    return program, printed
+
+
+@pytest.mark.parametrize("page", PAGES)
+@on_each_device
+def test_examples_run_as_printed(page, gpu):
+    program, printed = examples(page)
+    assert printed
+    result = python("-", stdin=program, gpu=gpu)
+    assert result.returncode == 0, f"{page}:\n{result.stderr}"
+    if find_spec("triton") is None:
+        return  # explain says so, where the page says more
+    outputs = result.stdout.split(f"{END}\n")[:-1]
+    for number, (output, expected) in enumerate(zip(outputs, printed, strict=True), 1):
+        assert expected in (None, output), f"{page}, example {number} prints:\n{output}"
+
+
+def test_first_example_is_short():
+    code = (ROOT / "README.md").read_text().partition("```python\n")[2].partition("```")[0]
+    assert "from univid.ops import pyramid_st_attn, ReferenceFrames" in code
+    assert len([line for line in code.splitlines() if line]) == 5
+
+
+@pytest.mark.skipif(find_spec("triton") is None, reason="without Triton its kernels cannot be looked at")
+def test_operators_table():
+    """The README's table has, for every operator, the backends that run it forward and backward."""
+    rows = re.findall(
+        r"^\| `(\w+)`.*\| ([a-z, ]+, reference) \|$", (ROOT / "README.md").read_text(), flags=re.MULTILINE
+    )
+    table = {name: backends.split(", ") for name, backends in rows}
+    complete = {
+        name: [b for b in ops.BACKENDS if hasattr(dispatch._load(b, operator.module), "backward")]
+        for name, operator in _OPERATORS.items()
+        if not name.endswith("_qkv")
+    }
+    assert table == complete
+
+
+def test_package_imports_no_torch():
+    result = python("-c", "import sys, univid; print(univid.__version__, 'torch' in sys.modules)")
+    version = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"]
+    assert result.stdout.split() == [version, "False"], result.stderr
+    assert univid.__version__ == version
+
+
+@on_each_device
+def test_demo_passes(gpu):
+    result = python("-m", "univid.demo", gpu=gpu)
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert re.search(r"^All 7 operators are right \(\d+ s\)\.$", result.stdout, flags=re.MULTILINE)
+    assert max(map(len, result.stdout.splitlines())) <= 100
+
+
+def test_demo_finds_what_is_wrong(monkeypatch, capsys):
+    right = ops.temporal_attn
+    monkeypatch.setattr(ops, "temporal_attn", lambda q, k, v: right(q, k, v) * 1.05)
+    cases = demo.cases(torch.device("cpu"), torch.bfloat16)
+    monkeypatch.setattr(demo, "cases", lambda *_: [case for case in cases if case.operator.startswith("temporal_attn")])
+    assert demo.main() == 1
+    printed = capsys.readouterr().out
+    assert re.search(r"^temporal_attn .* WRONG$", printed, flags=re.MULTILINE)
+    assert re.search(r"^temporal_attn_qkv .* ok$", printed, flags=re.MULTILINE)
+    assert "1 of 2 operators failed" in printed
+
+
+def test_demo_names_what_cannot_run(monkeypatch, capsys):
+    monkeypatch.setenv("UNIVID_BACKEND", "cuda")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert demo.main() == 1
+    printed = capsys.readouterr().out
+    assert "pyramid_st_attn: UNIVID_BACKEND=cuda cannot run its forward: " in printed
+    assert "7 of 7 operators failed" in printed

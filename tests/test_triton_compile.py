@@ -1,0 +1,122 @@
+"""The Triton kernels compiled for a Hopper card (sm_90) on a machine without a GPU: all compile, and none spills registers.
+
+Operators run with their default configurations on CPU tensors, under a driver that names the card as the target and launches nothing.
+"""
+
+import re
+import subprocess
+from collections.abc import Callable
+from functools import partial
+
+import pytest
+import torch
+
+triton = pytest.importorskip("triton")
+from triton.backends.compiler import GPUTarget  # noqa: E402
+from triton.runtime.jit import JITFunction  # noqa: E402
+
+from univid import ops  # noqa: E402
+from univid.kernels.triton import launch  # noqa: E402
+from univid.ops import ReferenceFrames  # noqa: E402
+
+HOPPER = GPUTarget("cuda", 90, 32)
+BF16 = torch.bfloat16
+ON = {"backend": "triton"}
+
+
+def _leaf(*shape: int) -> torch.Tensor:
+    return torch.zeros(shape, dtype=BF16, requires_grad=True)
+
+
+def _pyramid(dim: int, refs: ReferenceFrames) -> torch.Tensor:
+    return ops.pyramid_st_attn(*(_leaf(1, 8, 720, 2, dim) for _ in "qkv"), refs, **ON)
+
+
+def _dual_stream(dim: int, **weights: torch.Tensor | float) -> torch.Tensor:
+    prompts = (_leaf(1, length, 2, dim) for length in (77, 77, 257, 257))
+    return ops.dual_stream_attn(_leaf(1, 8, 720, 2, dim), *prompts, **weights, **ON)
+
+
+def _temporal(dim: int, frames: int) -> torch.Tensor:
+    return ops.temporal_attn(*(_leaf(1, frames, 48, 2, dim) for _ in "qkv"), **ON)
+
+
+def _temporal_conv(channels: int) -> torch.Tensor:
+    weight = _leaf(channels, 3, channels).transpose(1, 2)
+    residual = _leaf(1, 8, 720, channels)
+    return ops.temporal_conv(_leaf(1, 8, 720, channels), weight, _leaf(channels), residual=residual, **ON)
+
+
+def _group_norm(channels: int, tokens: int) -> torch.Tensor:
+    affine = (torch.zeros(channels, requires_grad=True) for _ in "wb")
+    return ops.group_norm_silu(_leaf(2, tokens, channels), 32, *affine, 1e-5, **ON)
+
+
+# By name; D = 64 and channels of Stable Diffusion first, then what is padded or odd.
+CALLS: dict[str, Callable[[], torch.Tensor]] = {
+    "pyramid-64": partial(_pyramid, 64, ReferenceFrames.pyramid(8, 3)),
+    "pyramid-64-dense": partial(_pyramid, 64, ReferenceFrames.all(8)),
+    "pyramid-64-window": partial(_pyramid, 64, ReferenceFrames.window(8, 1)),
+    "pyramid-80": partial(_pyramid, 80, ReferenceFrames.pyramid(8, 3)),
+    "dual_stream-64": partial(_dual_stream, 64),
+    "dual_stream-64-gates": partial(_dual_stream, 64, text_weight=torch.zeros((), requires_grad=True), image_weight=0.5),
+    "dual_stream-80": partial(_dual_stream, 80),
+    "temporal-64": partial(_temporal, 64, 24),
+    "temporal-64-long": partial(_temporal, 64, 100),
+    "temporal-80": partial(_temporal, 80, 24),
+    "temporal_conv-320": partial(_temporal_conv, 320),
+    "temporal_conv-40": partial(_temporal_conv, 40),
+    "group_norm-320": partial(_group_norm, 320, 2880),
+    "group_norm-1280": partial(_group_norm, 1280, 45),
+}
+MAY_SPILL = ("pyramid-80", "dual_stream-80", "temporal-80")
+
+
+class _Hopper:
+    """What a jitted function asks a driver for. The device is none that exists: its compiled kernels are never launched."""
+
+    def get_current_target(self) -> GPUTarget:
+        return HOPPER
+
+    def get_current_device(self) -> int:
+        return -1
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+
+@pytest.fixture
+def compiled(monkeypatch: pytest.MonkeyPatch) -> list:
+    """The kernels that are compiled, instead of launched, from here on."""
+    kernels = []
+    run = JITFunction.run
+
+    def compile_only(self, *args, grid, warmup, **options):
+        kernels.append(run(self, *args, grid=grid, warmup=True, **options))
+
+    monkeypatch.setattr(JITFunction, "run", compile_only)
+    monkeypatch.setattr(triton.runtime.driver, "_active", _Hopper())
+    monkeypatch.setattr(launch, "unsupported", lambda *tensors: None)
+    monkeypatch.setattr(launch, "interpreted", lambda: True)  # CPU tensors, the card being Hopper
+    return kernels
+
+
+def _spilled(kernel) -> int:
+    """Bytes of a thread's local memory, which is where registers spill to."""
+    cubin = triton.knobs.cache.dir  # beside Triton's own files
+    raise NotImplementedError(cubin)
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_compiles(name: str, compiled: list, tmp_path):
+    out = CALLS[name]()
+    forward = len(compiled)
+    out.backward(torch.zeros_like(out))
+    assert 0 < forward < len(compiled)
+    usage = {}
+    for kernel in compiled:
+        cubin = tmp_path / "kernel.cubin"
+        cubin.write_bytes(kernel.asm["cubin"])
+        command = [triton.knobs.nvidia.cuobjdump.path, "-res-usage", str(cubin)]
+        print(subprocess.run(command, capture_output=True, text=True, check=True).stdout, kernel.metadata.num_warps)
+    assert 0

@@ -1,0 +1,1 @@
+"""Triton kernels: every operator on any GPU that Triton supports."""

@@ -1,0 +1,458 @@
+"""Dual-stream attention in Triton: one pass over the queries; each of two small sets of keys has a softmax of its own.
+
+The T·N queries of a clip are one long query. The keys of a (clip, head), 77 of a text and 257 of an image, are few:
+
+* **Tiles of keys.** A stream is cut into full tiles of BLOCK_L keys, which need no mask, and one masked rest of 16 to
+  BLOCK_L keys: at BLOCK_L = 64, 77 keys cost 64 + 16 columns and 257 cost 4·64 + 16. The cut is known when a kernel is
+  compiled, from L rounded up to 16 (TEXT_KEYS, IMAGE_KEYS; 0 for an absent stream).
+* **Resident keys.** Where the keys and values of both streams fit into shared memory, a program loads them once and
+  loops over many query tiles, its loop over the keys unrolled (RESIDENT: how many programs run at once). Else
+  (RESIDENT = 0) a program has one query tile and streams the keys.
+* Each stream's sum is scaled by weight / rowsum when its keys have passed; the output is written once.
+
+Budget at D = 64 in bfloat16, 77 + 257 keys: 352 rows of keys and of values are 88 KB, 128 queries 16 KB. A thread of 8
+warps keeps 32 scores, 16 registers of probabilities, and 32 + 32 sums. With 128 registers a thread two programs share a
+multiprocessor, and one's exponentials overlap the other's products. The backward is in ``dual_stream_bwd.py``.
+"""
+
+import functools
+import math
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from univid.kernels.calls import DualStreamCall, Stream, StreamGrads
+from univid.kernels.triton import launch
+from univid.kernels.triton.launch import DTYPES, Config, Tuned, cdiv
+
+LOG2E = tl.constexpr(math.log2(math.e))
+LN2 = tl.constexpr(math.log(2))
+MULTIPROCESSORS = 132  # of a Hopper card: what grids are made for
+
+
+class Keys(NamedTuple):
+    """A stream as the kernels take it. Strides of a dimension that broadcasts are 0, those of a number None.
+
+    Flat, because Triton 3.6 forgets constants in a tuple of a tuple.
+    """
+
+    k: Tensor  # (B, L, H, D)
+    v: Tensor  # (B, L, H, D)
+    length: int
+    weight: Tensor | float  # (1 or B, 1 or T, 1 or N)
+    logsumexp: Tensor  # (B, H, T, N) float32
+    delta: Tensor | None  # (B, H, T, N) float32: rowsum(P∘dP), in the backward
+    dk: Tensor | None  # (splits, B, H, L, D) float32: partial sums, in the backward
+    dv: Tensor | None
+    k_b: int
+    k_l: int
+    k_h: int
+    v_b: int
+    v_l: int
+    v_h: int
+    w_b: int | None
+    w_t: int | None
+    w_n: int | None
+
+
+# --- what all kernels share ------------------------------------------------------------------------------------------
+
+
+@triton.constexpr_function
+def padded(head_dim: int) -> int:
+    """Columns of a tile: a power of two that a product takes."""
+    return max(16, triton.next_power_of_2(head_dim))
+
+
+@triton.constexpr_function
+def full_tiles(keys: int, block: int) -> int:
+    """How many tiles are surely full, L being one of the 16 numbers up to ``keys``."""
+    return (keys - 15) // block
+
+
+@triton.constexpr_function
+def rest_tile(keys: int, block: int) -> int:
+    """The size of the tile that holds what the full ones leave, 1 to ``block`` keys."""
+    return max(16, triton.next_power_of_2(keys - (keys - 15) // block * block))
+
+
+@triton.jit
+def _row_pointers(x, base, offsets, HEAD_DIM: tl.constexpr, ALIGNED: tl.constexpr):
+    """To the rows at ``offsets`` from ``base``. ALIGNED: all strides are multiples of 8."""
+    offsets = base + offsets[:, None]
+    if ALIGNED:
+        offsets = tl.multiple_of(offsets, (8, 8))
+    return x + offsets + tl.arange(0, padded(HEAD_DIM))[None, :]
+
+
+@triton.jit
+def row_mask(exists, HEAD_DIM: tl.constexpr):
+    """The mask of a tile, some of whose rows exist."""
+    mask = exists[:, None]
+    if padded(HEAD_DIM) != HEAD_DIM:
+        mask = mask & (tl.arange(0, padded(HEAD_DIM)) < HEAD_DIM)[None, :]
+    return mask
+
+
+@triton.jit
+def query_pointers(x, strides, b, h, m, N, HEAD_DIM: tl.constexpr, ALIGNED: tl.constexpr, FLAT: tl.constexpr):
+    """To the queries m = t·N + n of a (B, T, N, H, D) tensor. FLAT: frames are N tokens apart."""
+    if FLAT:
+        offsets = m.to(tl.int64) * strides[2]
+    else:
+        frames = (m // N).to(tl.int64)
+        tokens = (m % N).to(tl.int64)
+        offsets = frames * strides[1] + tokens * strides[2]
+    return _row_pointers(x, b * strides[0] + h * strides[3], offsets, HEAD_DIM, ALIGNED)
+
+
+@triton.jit
+def statistics_pointers(x, b, h, m, M):
+    """To the queries' numbers in a float32 (B, H, T, N) tensor."""
+    return x + (b * tl.num_programs(1) + h) * M + m
+
+
+@triton.jit
+def load_keys(stream, b, h, start, SIZE: tl.constexpr, HEAD_DIM: tl.constexpr, ALIGNED: tl.constexpr):
+    """SIZE keys and values from ``start`` on, zeros past the end."""
+    index = start + tl.arange(0, SIZE)
+    mask = row_mask(index < stream.length, HEAD_DIM)
+    index = index.to(tl.int64)
+    k_ptrs = _row_pointers(stream.k, b * stream.k_b + h * stream.k_h, index * stream.k_l, HEAD_DIM, ALIGNED)
+    v_ptrs = _row_pointers(stream.v, b * stream.v_b + h * stream.v_h, index * stream.v_l, HEAD_DIM, ALIGNED)
+    return tl.load(k_ptrs, mask, 0.0), tl.load(v_ptrs, mask, 0.0)
+
+
+@triton.jit
+def load_all_keys(
+    stream, b, h, KEYS: tl.constexpr, BLOCK_L: tl.constexpr, HEAD_DIM: tl.constexpr, ALIGNED: tl.constexpr
+):
+    """All tiles of a stream, each (keys, values): the full ones, then the rest. An absent stream has none."""
+    tiles = ()  # type: tuple
+    if KEYS:
+        FULL: tl.constexpr = full_tiles(KEYS, BLOCK_L)
+        for i in tl.static_range(FULL):
+            tiles += (load_keys(stream, b, h, i * BLOCK_L, BLOCK_L, HEAD_DIM, ALIGNED),)
+        tiles += (load_keys(stream, b, h, FULL * BLOCK_L, rest_tile(KEYS, BLOCK_L), HEAD_DIM, ALIGNED),)
+    return tiles
+
+
+@triton.jit
+def weight_pointers(stream, b, m, N):
+    offsets = (m // N).to(tl.int64) * stream.w_t + (m % N).to(tl.int64) * stream.w_n
+    return stream.weight + b * stream.w_b + offsets
+
+
+@triton.jit
+def load_weight(stream, b, m, M, N):
+    """The stream's weight at every query, in float32."""
+    if stream.w_b is None:
+        weight = tl.zeros(m.shape, tl.float32) + stream.weight
+    else:
+        weight = tl.load(weight_pointers(stream, b, m, N), m < M, 0.0).to(tl.float32)
+    return weight
+
+
+@triton.jit
+def exponent(logits, q):
+    """The argument of ``power``: of 2, which is cheapest, but of e in float32, where a change of base costs digits."""
+    return logits if q.dtype == tl.float32 else logits * LOG2E
+
+
+@triton.jit
+def power(exponents, q):
+    return tl.exp(exponents) if q.dtype == tl.float32 else tl.exp2(exponents)
+
+
+@triton.jit
+def scores(a, b, valid, MASKED: tl.constexpr, KEY_AXIS: tl.constexpr):
+    """a·bᵀ, one of which are keys; MASKED: -inf past the ``valid`` ones."""
+    s = tl.dot(a, tl.trans(b), input_precision="ieee")
+    if MASKED:
+        exists = tl.arange(0, s.shape[KEY_AXIS]) < valid
+        s = tl.where(tl.expand_dims(exists, 1 - KEY_AXIS), s, float("-inf"))
+    return s
+
+
+# --- the kernel ------------------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def _softmax_step(q, k, v, peak, total, acc, scale, valid, FIRST: tl.constexpr, MASKED: tl.constexpr):
+    """The online softmax over one more tile of keys; ``scale`` makes exponents of scores."""
+    s = scores(q, k, valid, MASKED, 1)
+    highest = tl.max(s, 1) * scale
+    if not FIRST:
+        highest = tl.maximum(peak, highest)
+    p = power(s * scale - highest[:, None], q)
+    if FIRST:
+        total = tl.sum(p, 1)
+        acc = tl.dot(p.to(v.dtype), v, input_precision="ieee")
+    else:
+        rescale = power(peak - highest, q)
+        total = total * rescale + tl.sum(p, 1)
+        acc = tl.dot(p.to(v.dtype), v, acc * rescale[:, None], input_precision="ieee")
+    return highest, total, acc
+
+
+@triton.jit
+def _attend(
+    q,
+    stream,
+    tiles,
+    b,
+    h,
+    m,
+    M,
+    N,
+    scale,
+    KEYS: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    ALIGNED: tl.constexpr,
+    BLOCK_L: tl.constexpr,
+    RESIDENT: tl.constexpr,
+):
+    """weight · softmax(scale·q·kᵀ)·v of one stream; writes its logsumexp."""
+    FULL: tl.constexpr = full_tiles(KEYS, BLOCK_L)
+    scale = exponent(scale, q)
+    peak = tl.full(m.shape, float("-inf"), tl.float32)
+    total = tl.zeros(m.shape, tl.float32)
+    acc = tl.zeros(q.shape, tl.float32)
+    if RESIDENT:
+        for i in tl.static_range(FULL):
+            k, v = tiles[i]
+            peak, total, acc = _softmax_step(q, k, v, peak, total, acc, scale, 0, i == 0, False)
+        k, v = tiles[FULL]
+    else:
+        for i in range(FULL):
+            k, v = load_keys(stream, b, h, i * BLOCK_L, BLOCK_L, HEAD_DIM, ALIGNED)
+            peak, total, acc = _softmax_step(q, k, v, peak, total, acc, scale, 0, False, False)
+        k, v = load_keys(stream, b, h, FULL * BLOCK_L, rest_tile(KEYS, BLOCK_L), HEAD_DIM, ALIGNED)
+    valid = stream.length - FULL * BLOCK_L
+    peak, total, acc = _softmax_step(q, k, v, peak, total, acc, scale, valid, FULL == 0, True)
+    if q.dtype != tl.float32:
+        peak *= LN2
+    tl.store(statistics_pointers(stream.logsumexp, b, h, m, M), peak + tl.log(total), m < M)
+    return acc * (load_weight(stream, b, m, M, N) / total)[:, None]
+
+
+@triton.jit(do_not_specialize=["M", "N"])
+def _forward(
+    q_ptr,
+    out_ptr,
+    text,
+    image,
+    q_strides,
+    out_strides,
+    scale,
+    M,
+    N,
+    TEXT_KEYS: tl.constexpr,
+    IMAGE_KEYS: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    ALIGNED: tl.constexpr,
+    FLAT: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_L: tl.constexpr,
+    RESIDENT: tl.constexpr,
+):
+    b = tl.program_id(2).to(tl.int64)
+    h = tl.program_id(1).to(tl.int64)
+    text_tiles = ()
+    image_tiles = ()
+    if RESIDENT:
+        text_tiles = load_all_keys(text, b, h, TEXT_KEYS, BLOCK_L, HEAD_DIM, ALIGNED)
+        image_tiles = load_all_keys(image, b, h, IMAGE_KEYS, BLOCK_L, HEAD_DIM, ALIGNED)
+    # A program that streams its keys has one query tile: only the loop over the keys is worth pipelining.
+    STAGES: tl.constexpr = None if RESIDENT else 1
+    for tile in tl.range(tl.program_id(0), tl.cdiv(M, BLOCK_M), tl.num_programs(0), num_stages=STAGES):
+        m = tile * BLOCK_M + tl.arange(0, BLOCK_M)
+        mask = row_mask(m < M, HEAD_DIM)
+        q = tl.load(query_pointers(q_ptr, q_strides, b, h, m, N, HEAD_DIM, ALIGNED, FLAT), mask, 0.0)
+        result = tl.zeros(q.shape, tl.float32)
+        # The image first, it being the longer one: its result waits in registers while the other's grows.
+        if IMAGE_KEYS:
+            result += _attend(
+                q, image, image_tiles, b, h, m, M, N, scale, IMAGE_KEYS, HEAD_DIM, ALIGNED, BLOCK_L, RESIDENT
+            )
+        if TEXT_KEYS:
+            result += _attend(
+                q, text, text_tiles, b, h, m, M, N, scale, TEXT_KEYS, HEAD_DIM, ALIGNED, BLOCK_L, RESIDENT
+            )
+        pointers = query_pointers(out_ptr, out_strides, b, h, m, N, HEAD_DIM, ALIGNED, FLAT)
+        tl.store(pointers, result.to(out_ptr.dtype.element_ty), mask)
+
+
+# --- launching -------------------------------------------------------------------------------------------------------
+
+
+def _configs(key: dict) -> list[Config]:
+    if key["dtype"] == "fp32":
+        return [
+            Config({"BLOCK_M": 32, "BLOCK_L": 32, "RESIDENT": 0}, num_warps=8, num_stages=1),
+            Config({"BLOCK_M": 64, "BLOCK_L": 32, "RESIDENT": 0}, num_warps=8, num_stages=1),
+        ]
+    streamed = [
+        Config({"BLOCK_M": 128, "BLOCK_L": 64, "RESIDENT": 0}, num_warps=8, num_stages=2),
+        Config({"BLOCK_M": 64, "BLOCK_L": 64, "RESIDENT": 0}, num_warps=4, num_stages=2),
+        Config({"BLOCK_M": 64, "BLOCK_L": 32, "RESIDENT": 0}, num_warps=4, num_stages=3),
+    ]
+    programs = MULTIPROCESSORS * key["resident"]
+    if programs == 0:
+        return streamed
+    shared = registers(128) if key["resident"] == 2 else {}  # two programs a multiprocessor
+    return [
+        Config({"BLOCK_M": 128, "BLOCK_L": 64, "RESIDENT": programs, **shared}, num_warps=8, num_stages=1),
+        Config({"BLOCK_M": 64, "BLOCK_L": 64, "RESIDENT": programs}, num_warps=4, num_stages=1),
+        *streamed[:2],
+    ]
+
+
+_FORWARD = Tuned(_forward, _configs)
+
+
+def unsupported(call: DualStreamCall) -> str | None:
+    head_dim = call.q.shape[-1]
+    if head_dim % 8 or head_dim > 128:
+        return f"head dimension {head_dim}: a multiple of 8 up to 128 needed"
+    return launch.unsupported(call.q)
+
+
+def forward(call: DualStreamCall) -> tuple[Tensor, Tensor, Tensor]:
+    q = call.q
+    clips, frames, tokens, heads, _ = q.shape
+    out = q.new_empty(q.shape)
+    lse_text, lse_image = (
+        q.new_empty((0,) if stream is None else (clips, heads, frames, tokens), dtype=torch.float32)
+        for stream in (call.text, call.image)
+    )
+    _FORWARD(
+        query_grid(call),
+        q,
+        out,
+        keys_of(call.text, lse_text),
+        keys_of(call.image, lse_image),
+        strides_of(q),
+        strides_of(out),
+        call.scale,
+        frames * tokens,
+        tokens,
+        key=key_of(call),
+        **constants_of(call, q, out),
+    )
+    return out, lse_text, lse_image
+
+
+def backward(
+    call: DualStreamCall,
+    grad: Tensor,
+    out: Tensor,
+    lse_text: Tensor,
+    lse_image: Tensor,
+    dq: Tensor | None,
+    text_grads: StreamGrads | None,
+    image_grads: StreamGrads | None,
+) -> None:
+    from univid.kernels.triton import dual_stream_bwd  # here, because it builds on this file
+
+    dual_stream_bwd.backward(call, grad, lse_text, lse_image, dq, text_grads, image_grads)
+
+
+def keys_of(
+    stream: Stream | None,
+    logsumexp: Tensor,
+    delta: Tensor | None = None,
+    dk: Tensor | None = None,
+    dv: Tensor | None = None,
+) -> Keys | None:
+    if stream is None:
+        return None
+    k, v, weight = stream
+    k_b, k_l, k_h, _ = strides_of(k)
+    v_b, v_l, v_h, _ = strides_of(v)
+    w_b, w_t, w_n = strides_of(weight) if isinstance(weight, Tensor) else (None, None, None)
+    return Keys(k, v, k.shape[1], weight, logsumexp, delta, dk, dv, k_b, k_l, k_h, v_b, v_l, v_h, w_b, w_t, w_n)
+
+
+def strides_of(x: Tensor) -> tuple[int, ...]:
+    """Its strides, 0 along dimensions of one element."""
+    return tuple(stride if size > 1 else 0 for size, stride in zip(x.shape, x.stride(), strict=True))
+
+
+def constants_of(call: DualStreamCall, *rows: Tensor | None) -> dict:
+    """The constexprs of every kernel; ``rows`` are the (B, T, N, H, D) tensors that it reads and writes."""
+    _, frames, tokens, _, head_dim = call.q.shape
+    keys = [x for stream in (call.text, call.image) if stream is not None for x in (stream.k, stream.v)]
+    row_strides = [strides_of(x) for x in rows if x is not None]
+    strides = row_strides + [strides_of(x) for x in keys]
+    return {
+        "TEXT_KEYS": padded_keys(call.text),
+        "IMAGE_KEYS": padded_keys(call.image),
+        "HEAD_DIM": head_dim,
+        "ALIGNED": all(stride % 8 == 0 for x in strides for stride in x[:-1]),
+        "FLAT": frames == 1 or all(t == tokens * n for _, t, n, *_ in row_strides),
+    }
+
+
+def padded_keys(stream: Stream | None) -> int:
+    """L rounded up to 16; 0 for an absent stream."""
+    return 0 if stream is None else cdiv(stream.k.shape[1], 16) * 16
+
+
+def query_grid(call: DualStreamCall):
+    """Programs along x share the query tiles of a head of a clip."""
+    clips, frames, tokens, heads, _ = call.q.shape
+
+    def grid(meta: dict) -> tuple[int, int, int]:
+        tiles = cdiv(frames * tokens, meta["BLOCK_M"])
+        return _sharing(tiles, clips * heads, meta["RESIDENT"]) if meta["RESIDENT"] else tiles, heads, clips
+
+    return grid
+
+
+@functools.lru_cache(1024)
+def _sharing(tiles: int, heads: int, slots: int) -> int:
+    """How many programs share a head's query tiles, ``slots`` running at once, so that the last is done soonest.
+
+    Loading the keys counts as one tile.
+    """
+    return min(range(1, min(tiles, slots) + 1), key=lambda n: cdiv(n * heads, slots) * (cdiv(tiles, n) + 1))
+
+
+def key_of(call: DualStreamCall) -> dict:
+    """What the best configuration depends on."""
+    clips, frames, tokens, heads, head_dim = call.q.shape
+    return {
+        "dtype": DTYPES[call.q.dtype],
+        "D": padded(head_dim),
+        "resident": _resident_programs(call),
+        "keys": triton.next_power_of_2(padded_keys(call.text) + padded_keys(call.image)),
+        "rows": triton.next_power_of_2(clips * heads * frames * tokens),
+    }
+
+
+def _resident_programs(call: DualStreamCall) -> int:
+    """How many programs, each with all keys and values, a multiprocessor holds: 0, 1 or 2."""
+    streams = [keys for keys in (padded_keys(call.text), padded_keys(call.image)) if keys]
+    if call.q.element_size() != 2 or sum(streams) > 768:  # more would be too much code, unrolled
+        return 0
+    keys = sum(full_tiles(n, 64) * 64 + rest_tile(n, 64) for n in streams)
+    # With them 128 rows of queries (or 64 of queries and of gradients), and 4 KB for what warps exchange.
+    needed = (2 * keys + 128) * 2 * padded(call.q.shape[-1]) + 4096
+    return min(2, _shared_memory(call.q.device.index) // needed)
+
+
+@functools.cache
+def _shared_memory(device: int | None) -> int:
+    """Bytes that a program can have; the interpreter behaves as a Hopper card."""
+    if launch.interpreted():
+        return 227 * 1024
+    return triton.runtime.driver.active.utils.get_device_properties(device)["max_shared_mem"]
+
+
+def registers(limit: int) -> dict[str, int]:
+    """A limit on the registers of a thread, which only NVIDIA's compiler takes."""
+    return {"maxnreg": limit} if torch.version.cuda else {}

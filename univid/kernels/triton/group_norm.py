@@ -1,0 +1,537 @@
+"""GroupNorm over channels-last (M, N, C), per M and group of C / G neighbouring channels, with SiLU fused.
+
+Tiles are rows x channels as they lie in memory: a group's width, mostly no power of two (320 / 32 = 10), never shapes a load. Sums over
+rows are taken per channel; a group's follow from its channels'.
+
+**Slabs that fit on chip** (all N rows of a few groups, in runs of at least 64 bytes; 32 KiB in the forward, 16 KiB of x and of grad in
+the backward, so that two or three share an SM, and at most 40% of it padding): one program a slab, one read and one write. A one-hot
+matrix sums channels to groups.
+
+**Other slabs** in parts of 128 (or 64) rows x 64 channels, whatever groups those meet. x is read twice:
+1. every part leaves, per channel, its mean m and the sums of x − m and (x − m)² (forward), or the sums of dz and dz·x̂ (backward);
+2. a small kernel merges those per group in a fixed order, the means first, so that nothing cancels (Chan, Golub and LeVeque 1983); the sum
+   of x − m, which would be 0, makes up for m's rounding: at mean 100 and deviation 0.1 rstd errs by 5e-8 with it, by 6e-7 without;
+3. every part is normalised, the last ones first: they are still in L2.
+The weight's and the bias's gradients add step 2's channel sums over M. Parts are many and independent, so that other programs hide a
+program's loads: about 96 registers a thread with 4 warps in the forward, 80 with 8 in the backward, 20 to 24 warps an SM.
+
+With z = x̂·weight + bias and dz its gradient: dx = rstd·(dz·weight − mean(dz·weight) − x̂·mean(dz·weight·x̂)).
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from univid.kernels.calls import GroupNormSiluCall
+from univid.kernels.triton import launch
+from univid.kernels.triton.launch import Config, Tuned, cdiv
+
+_SLAB_BYTES, _SLAB_BYTES_BACKWARD = 32 << 10, 16 << 10
+_LOG2E = tl.constexpr(1.4426950408889634)
+
+
+# --- tiles ------------------------------------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def _tile(ptr, m, n, c, strides, ALIGN: tl.constexpr):
+    """Pointers to the tile n x c of m, in a tensor whose strides but the last are a tuple."""
+    row = m.to(tl.int64) * strides[0] + n.to(tl.int64) * strides[1]
+    return ptr + tl.multiple_of(row, ALIGN)[:, None] + c[None, :]
+
+
+@triton.jit
+def _per_channel(ptr, c, stride, mask):
+    return tl.load(ptr + c * stride, mask=mask, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def _activate(z, SILU: tl.constexpr):
+    return z / (1.0 + tl.exp2(z * -_LOG2E)) if SILU else z
+
+
+@triton.jit
+def _gradient(x, grad, mean, rstd, weight, bias, SILU: tl.constexpr):
+    """(x̂, the gradient of z) for tiles x and grad and values of their channels."""
+    x_hat = (x.to(tl.float32) - mean[None, :]) * rstd[None, :]
+    dz = grad.to(tl.float32)
+    if SILU:
+        z = x_hat * weight[None, :] + bias[None, :]
+        gate = 1.0 / (1.0 + tl.exp2(z * -_LOG2E))
+        dz *= gate * (1.0 + z * (1.0 - gate))
+    return x_hat, dz
+
+
+# --- slabs: all rows of GROUPS groups ---------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def _slab(num_groups, rows, WIDTH: tl.constexpr, GROUPS: tl.constexpr, COLUMNS: tl.constexpr, ROWS: tl.constexpr):
+    """This program's (m, first group), rows, channels, which channels and numbers exist, and which group a channel is of."""
+    slabs = tl.cdiv(num_groups, GROUPS)
+    m = tl.program_id(0) // slabs
+    group = tl.program_id(0) % slabs * GROUPS
+    column = tl.arange(0, COLUMNS)
+    has_c = (column < GROUPS * WIDTH) & (group + column // WIDTH < num_groups)
+    n = tl.arange(0, ROWS)
+    return m, group, n, group * WIDTH + column, has_c, (n < rows)[:, None] & has_c[None, :], column // WIDTH
+
+
+@triton.jit
+def _gather(values, member, GROUPS: tl.constexpr):
+    """The sum of each group's channels."""
+    one_hot = member[:, None] == tl.arange(0, GROUPS)[None, :]
+    return tl.sum(tl.where(one_hot, values[:, None], 0.0), 0)
+
+
+@triton.jit
+def _spread(values, member, GROUPS: tl.constexpr):
+    """Each channel's group's value."""
+    one_hot = member[:, None] == tl.arange(0, GROUPS)[None, :]
+    return tl.sum(tl.where(one_hot, values[None, :], 0.0), 1)
+
+
+@triton.jit(do_not_specialize=["rows", "num_groups"])
+def _forward_slab(
+    x_ptr, weight_ptr, bias_ptr, out_ptr, mean_ptr, rstd_ptr,
+    x_strides, out_strides, stride_weight, stride_bias, rows, num_groups, eps,
+    WIDTH: tl.constexpr, SILU: tl.constexpr, ALIGN: tl.constexpr,
+    GROUPS: tl.constexpr, SLOTS: tl.constexpr, COLUMNS: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
+    m, first, n, c, has_c, mask, member = _slab(num_groups, rows, WIDTH, GROUPS, COLUMNS, ROWS)
+    x = tl.load(_tile(x_ptr, m, n, c, x_strides, ALIGN), mask=mask, other=0.0).to(tl.float32)
+    count = (rows * WIDTH).to(tl.float32)
+    mean = _gather(tl.sum(x, 0), member, SLOTS) / count
+    centred = tl.where(mask, x - _spread(mean, member, SLOTS)[None, :], 0.0)
+    drift = _gather(tl.sum(centred, 0), member, SLOTS) / count  # what the sum of large numbers lost
+    variance = _gather(tl.sum(centred * centred, 0), member, SLOTS) / count - drift * drift
+    mean += drift
+    rstd = tl.rsqrt(variance + eps)
+    group = first + tl.arange(0, SLOTS)
+    has_group = (group < num_groups) & (tl.arange(0, SLOTS) < GROUPS)
+    tl.store(mean_ptr + m * num_groups + group, mean, mask=has_group)
+    tl.store(rstd_ptr + m * num_groups + group, rstd, mask=has_group)
+
+    scale = _spread(rstd, member, SLOTS) * _per_channel(weight_ptr, c, stride_weight, has_c)
+    bias = _per_channel(bias_ptr, c, stride_bias, has_c)
+    out = (x - _spread(mean, member, SLOTS)[None, :]) * scale[None, :] + bias[None, :]
+    tl.store(_tile(out_ptr, m, n, c, out_strides, ALIGN), _activate(out, SILU).to(out_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit(do_not_specialize=["rows", "num_groups"])
+def _backward_slab(
+    x_ptr, grad_ptr, mean_ptr, rstd_ptr, weight_ptr, bias_ptr, dx_ptr, sums_ptr,
+    x_strides, grad_strides, dx_strides, stride_weight, stride_bias, rows, num_groups,
+    WIDTH: tl.constexpr, SILU: tl.constexpr, ALIGN: tl.constexpr,
+    GROUPS: tl.constexpr, SLOTS: tl.constexpr, COLUMNS: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
+    m, _, n, c, has_c, mask, member = _slab(num_groups, rows, WIDTH, GROUPS, COLUMNS, ROWS)
+    x = tl.load(_tile(x_ptr, m, n, c, x_strides, ALIGN), mask=mask, other=0.0)
+    grad = tl.load(_tile(grad_ptr, m, n, c, grad_strides, ALIGN), mask=mask, other=0.0)
+    mean = tl.load(mean_ptr + m * num_groups + c // WIDTH, mask=has_c, other=0.0)
+    rstd = tl.load(rstd_ptr + m * num_groups + c // WIDTH, mask=has_c, other=0.0)
+    weight = _per_channel(weight_ptr, c, stride_weight, has_c)
+    bias = _per_channel(bias_ptr, c, stride_bias, has_c)
+
+    x_hat, dz = _gradient(x, grad, mean, rstd, weight, bias, SILU)  # dz = 0 where there is no x
+    dz_sum, dz_x_sum = tl.sum(dz, 0), tl.sum(dz * x_hat, 0)
+    if sums_ptr is not None:
+        at = sums_ptr + m.to(tl.int64) * 2 * num_groups * WIDTH + c
+        tl.store(at, dz_sum, mask=has_c)
+        tl.store(at + num_groups * WIDTH, dz_x_sum, mask=has_c)
+    if dx_ptr is not None:
+        count = (rows * WIDTH).to(tl.float32)
+        shift = _spread(_gather(dz_sum * weight, member, SLOTS) / count, member, SLOTS)
+        slope = _spread(_gather(dz_x_sum * weight, member, SLOTS) / count, member, SLOTS)
+        dx = rstd[None, :] * (dz * weight[None, :] - shift[None, :] - x_hat * slope[None, :])
+        tl.store(_tile(dx_ptr, m, n, c, dx_strides, ALIGN), dx.to(dx_ptr.dtype.element_ty), mask=mask)
+
+
+# --- parts: ROWS rows x COLUMNS channels of one m ---------------------------------------------------------------------------------
+
+
+@triton.jit
+def _part(part, rows, CHANNELS: tl.constexpr, COLUMNS: tl.constexpr, ROWS: tl.constexpr):
+    """(m, chunk of rows, chunks), the part's rows and channels, and which channels and numbers exist."""
+    BLOCKS: tl.constexpr = (CHANNELS + COLUMNS - 1) // COLUMNS
+    chunks = tl.cdiv(rows, ROWS)
+    c = part % BLOCKS * COLUMNS + tl.arange(0, COLUMNS)
+    chunk = part // BLOCKS % chunks
+    n = chunk * ROWS + tl.arange(0, ROWS)
+    return part // BLOCKS // chunks, chunk, chunks, n, c, c < CHANNELS, (n < rows)[:, None] & (c < CHANNELS)[None, :]
+
+
+@triton.jit(do_not_specialize=["rows"])
+def _moments(
+    x_ptr, moments_ptr, x_strides, rows,
+    CHANNELS: tl.constexpr, ALIGN: tl.constexpr, COLUMNS: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
+    """Step 1 of the forward: (M, chunks, 3, C) means m and sums of x - m and (x - m)²."""
+    m, chunk, chunks, n, c, has_c, mask = _part(tl.program_id(0), rows, CHANNELS, COLUMNS, ROWS)
+    x = tl.load(_tile(x_ptr, m, n, c, x_strides, ALIGN), mask=mask, other=0.0).to(tl.float32)
+    mean = tl.sum(x, 0) / tl.minimum(rows - chunk * ROWS, ROWS)
+    centred = tl.where(mask, x - mean[None, :], 0.0)
+    at = moments_ptr + (m.to(tl.int64) * chunks + chunk) * 3 * CHANNELS + c
+    tl.store(at, mean, mask=has_c)
+    tl.store(at + CHANNELS, tl.sum(centred, 0), mask=has_c)
+    tl.store(at + 2 * CHANNELS, tl.sum(centred * centred, 0), mask=has_c)
+
+
+@triton.jit
+def _chunks(
+    start, rows, num_groups, WIDTH: tl.constexpr, SLOTS: tl.constexpr, CHUNKS: tl.constexpr, ROWS: tl.constexpr
+):  # fmt: skip
+    """A group's channels in CHUNKS chunks from ``start`` on: offsets of the first number, the chunks' rows, which exist."""
+    chunk, column = start + tl.arange(0, CHUNKS), tl.arange(0, SLOTS)
+    at = chunk.to(tl.int64)[:, None] * 3 * num_groups * WIDTH + column[None, :]
+    weight = tl.minimum(rows - chunk * ROWS, ROWS).to(tl.float32)[:, None]
+    return at, weight, (chunk * ROWS < rows)[:, None] & (column < WIDTH)[None, :]
+
+
+@triton.jit(do_not_specialize=["rows", "num_groups"])
+def _merge_moments(
+    moments_ptr, mean_ptr, rstd_ptr, rows, num_groups, eps,
+    WIDTH: tl.constexpr, SLOTS: tl.constexpr, CHUNKS: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
+    """Step 2 of the forward, one group of one m a program."""
+    chunks = tl.cdiv(rows, ROWS)
+    m, group = tl.program_id(0) // num_groups, tl.program_id(0) % num_groups
+    channels = num_groups * WIDTH
+    moments_ptr += m.to(tl.int64) * chunks * 3 * channels + group * WIDTH
+    count = (rows * WIDTH).to(tl.float32)
+    base = tl.load(moments_ptr)  # near the mean: sums of differences from it lose nothing
+    drift = tl.zeros((CHUNKS, SLOTS), tl.float32)
+    for start in range(0, chunks, CHUNKS):
+        at, weight, mask = _chunks(start, rows, num_groups, WIDTH, SLOTS, CHUNKS, ROWS)
+        drift += weight * tl.where(mask, tl.load(moments_ptr + at, mask=mask, other=0.0) - base, 0.0)
+        drift += tl.load(moments_ptr + at + channels, mask=mask, other=0.0)
+    mean = base + tl.sum(drift) / count
+    squares = tl.zeros((CHUNKS, SLOTS), tl.float32)
+    for start in range(0, chunks, CHUNKS):
+        at, weight, mask = _chunks(start, rows, num_groups, WIDTH, SLOTS, CHUNKS, ROWS)
+        off = tl.where(mask, tl.load(moments_ptr + at, mask=mask, other=0.0) - mean, 0.0)
+        squares += off * (2.0 * tl.load(moments_ptr + at + channels, mask=mask, other=0.0) + weight * off)
+        squares += tl.load(moments_ptr + at + 2 * channels, mask=mask, other=0.0)
+    tl.store(mean_ptr + tl.program_id(0), mean)
+    tl.store(rstd_ptr + tl.program_id(0), tl.rsqrt(tl.sum(squares) / count + eps))
+
+
+@triton.jit(do_not_specialize=["rows"])
+def _normalize(
+    x_ptr, mean_ptr, rstd_ptr, weight_ptr, bias_ptr, out_ptr,
+    x_strides, out_strides, stride_weight, stride_bias, rows,
+    WIDTH: tl.constexpr, CHANNELS: tl.constexpr, SILU: tl.constexpr, ALIGN: tl.constexpr,
+    COLUMNS: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
+    """Step 3 of the forward."""
+    part = tl.num_programs(0) - 1 - tl.program_id(0)
+    m, _, _, n, c, has_c, mask = _part(part, rows, CHANNELS, COLUMNS, ROWS)
+    x = tl.load(_tile(x_ptr, m, n, c, x_strides, ALIGN), mask=mask, other=0.0).to(tl.float32)
+    group = m * (CHANNELS // WIDTH) + c // WIDTH
+    mean = tl.load(mean_ptr + group, mask=has_c, other=0.0)
+    scale = tl.load(rstd_ptr + group, mask=has_c, other=0.0) * _per_channel(weight_ptr, c, stride_weight, has_c)
+    bias = _per_channel(bias_ptr, c, stride_bias, has_c)
+    out = _activate((x - mean[None, :]) * scale[None, :] + bias[None, :], SILU)
+    tl.store(_tile(out_ptr, m, n, c, out_strides, ALIGN), out.to(out_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _gradient_part(
+    part, x_ptr, grad_ptr, mean_ptr, rstd_ptr, weight_ptr, bias_ptr,
+    x_strides, grad_strides, stride_weight, stride_bias, rows,
+    WIDTH: tl.constexpr, CHANNELS: tl.constexpr, SILU: tl.constexpr, ALIGN: tl.constexpr,
+    COLUMNS: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
+    """x̂ and dz of a part, and the rstd and weight of its channels."""
+    m, _, _, n, c, has_c, mask = _part(part, rows, CHANNELS, COLUMNS, ROWS)
+    x = tl.load(_tile(x_ptr, m, n, c, x_strides, ALIGN), mask=mask, other=0.0)
+    grad = tl.load(_tile(grad_ptr, m, n, c, grad_strides, ALIGN), mask=mask, other=0.0)
+    group = m * (CHANNELS // WIDTH) + c // WIDTH
+    mean = tl.load(mean_ptr + group, mask=has_c, other=0.0)
+    rstd = tl.load(rstd_ptr + group, mask=has_c, other=0.0)
+    weight = _per_channel(weight_ptr, c, stride_weight, has_c)
+    bias = _per_channel(bias_ptr, c, stride_bias, has_c)
+    x_hat, dz = _gradient(x, grad, mean, rstd, weight, bias, SILU)
+    return x_hat, dz, rstd, weight
+
+
+@triton.jit(do_not_specialize=["rows"])
+def _gradient_sums(
+    x_ptr, grad_ptr, mean_ptr, rstd_ptr, weight_ptr, bias_ptr, sums_ptr,
+    x_strides, grad_strides, stride_weight, stride_bias, rows,
+    WIDTH: tl.constexpr, CHANNELS: tl.constexpr, SILU: tl.constexpr, ALIGN: tl.constexpr,
+    COLUMNS: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
+    """Step 1 of the backward: (M, chunks, 2, C) sums of dz and of dz·x̂."""
+    x_hat, dz, _, _ = _gradient_part(
+        tl.program_id(0), x_ptr, grad_ptr, mean_ptr, rstd_ptr, weight_ptr, bias_ptr,
+        x_strides, grad_strides, stride_weight, stride_bias, rows, WIDTH, CHANNELS, SILU, ALIGN, COLUMNS, ROWS,
+    )  # fmt: skip
+    m, chunk, chunks, _, c, has_c, _ = _part(tl.program_id(0), rows, CHANNELS, COLUMNS, ROWS)
+    at = sums_ptr + (m.to(tl.int64) * chunks + chunk) * 2 * CHANNELS + c
+    tl.store(at, tl.sum(dz, 0), mask=has_c)
+    tl.store(at + CHANNELS, tl.sum(dz * x_hat, 0), mask=has_c)
+
+
+@triton.jit(do_not_specialize=["chunks", "num_groups", "count"])
+def _merge_sums(
+    parts_ptr, weight_ptr, sums_ptr, means_ptr, stride_weight, chunks, num_groups, count,
+    WIDTH: tl.constexpr, SLOTS: tl.constexpr, CHUNKS: tl.constexpr,
+):  # fmt: skip
+    """Step 2 of the backward, one group of one m a program: (M, 2, C) sums, and their weighted means per group (M, G, 2)."""
+    m, group = tl.program_id(0) // num_groups, tl.program_id(0) % num_groups
+    channels = num_groups * WIDTH
+    column = tl.arange(0, SLOTS)
+    c = group * WIDTH + column
+    parts_ptr += m.to(tl.int64) * chunks * 2 * channels
+    dz = tl.zeros((CHUNKS, SLOTS), tl.float32)
+    dz_x = tl.zeros((CHUNKS, SLOTS), tl.float32)
+    for start in range(0, chunks, CHUNKS):
+        chunk = start + tl.arange(0, CHUNKS)
+        mask = (chunk < chunks)[:, None] & (column < WIDTH)[None, :]
+        at = parts_ptr + chunk.to(tl.int64)[:, None] * 2 * channels + c[None, :]
+        dz += tl.load(at, mask=mask, other=0.0)
+        dz_x += tl.load(at + channels, mask=mask, other=0.0)
+    dz_sum, dz_x_sum = tl.sum(dz, 0), tl.sum(dz_x, 0)
+    at = sums_ptr + m.to(tl.int64) * 2 * channels + c
+    tl.store(at, dz_sum, mask=column < WIDTH)
+    tl.store(at + channels, dz_x_sum, mask=column < WIDTH)
+    weight = _per_channel(weight_ptr, c, stride_weight, column < WIDTH)
+    tl.store(means_ptr + tl.program_id(0) * 2, tl.sum(dz_sum * weight) / count)
+    tl.store(means_ptr + tl.program_id(0) * 2 + 1, tl.sum(dz_x_sum * weight) / count)
+
+
+@triton.jit(do_not_specialize=["rows"])
+def _input_gradient(
+    x_ptr, grad_ptr, mean_ptr, rstd_ptr, weight_ptr, bias_ptr, means_ptr, dx_ptr,
+    x_strides, grad_strides, dx_strides, stride_weight, stride_bias, rows,
+    WIDTH: tl.constexpr, CHANNELS: tl.constexpr, SILU: tl.constexpr, ALIGN: tl.constexpr,
+    COLUMNS: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
+    """Step 3 of the backward."""
+    part = tl.num_programs(0) - 1 - tl.program_id(0)
+    x_hat, dz, rstd, weight = _gradient_part(
+        part, x_ptr, grad_ptr, mean_ptr, rstd_ptr, weight_ptr, bias_ptr,
+        x_strides, grad_strides, stride_weight, stride_bias, rows, WIDTH, CHANNELS, SILU, ALIGN, COLUMNS, ROWS,
+    )  # fmt: skip
+    m, _, _, n, c, has_c, mask = _part(part, rows, CHANNELS, COLUMNS, ROWS)
+    means_at = means_ptr + (m * (CHANNELS // WIDTH) + c // WIDTH) * 2
+    shift = tl.load(means_at, mask=has_c, other=0.0)
+    slope = tl.load(means_at + 1, mask=has_c, other=0.0)
+    dx = rstd[None, :] * (dz * weight[None, :] - shift[None, :] - x_hat * slope[None, :])
+    tl.store(_tile(dx_ptr, m, n, c, dx_strides, ALIGN), dx.to(dx_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit(do_not_specialize=["images"])
+def _affine_gradients(
+    sums_ptr, dweight_ptr, dbias_ptr, stride_dweight, stride_dbias, images,
+    CHANNELS: tl.constexpr, COLUMNS: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
+    """dweight and dbias: sums over m of the (M, 2, C) sums of dz and of dz·x̂."""
+    c = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
+    dbias = tl.zeros((ROWS, COLUMNS), tl.float32)
+    dweight = tl.zeros((ROWS, COLUMNS), tl.float32)
+    for start in range(0, images, ROWS):
+        m = start + tl.arange(0, ROWS)
+        mask = (m < images)[:, None] & (c < CHANNELS)[None, :]
+        at = sums_ptr + m.to(tl.int64)[:, None] * 2 * CHANNELS + c[None, :]
+        if dbias_ptr is not None:
+            dbias += tl.load(at, mask=mask, other=0.0)
+        if dweight_ptr is not None:
+            dweight += tl.load(at + CHANNELS, mask=mask, other=0.0)
+    if dbias_ptr is not None:
+        tl.store(dbias_ptr + c * stride_dbias, tl.sum(dbias, 0).to(dbias_ptr.dtype.element_ty), mask=c < CHANNELS)
+    if dweight_ptr is not None:
+        tl.store(
+            dweight_ptr + c * stride_dweight, tl.sum(dweight, 0).to(dweight_ptr.dtype.element_ty), mask=c < CHANNELS
+        )
+
+
+# --- launches ---------------------------------------------------------------------------------------------------------------------
+
+
+class Slab(NamedTuple):
+    """A slab's groups, those and its rows and channels padded to powers of two, and its warps."""
+
+    groups: int
+    slots: int
+    columns: int
+    rows: int
+    warps: int
+
+    @property
+    def constants(self) -> dict[str, int]:
+        return {"GROUPS": self.groups, "SLOTS": self.slots, "COLUMNS": self.columns, "ROWS": self.rows}
+
+
+def _fitting_slab(call: GroupNormSiluCall, max_bytes: int) -> Slab | None:
+    """The slab in aligned runs of up to 512 bytes that pads the least, if one fits in ``max_bytes``."""
+    _, tokens, channels = call.x.shape
+    width, itemsize = channels // call.num_groups, call.x.element_size()
+    rows = triton.next_power_of_2(tokens)
+    best = None
+    for groups in range(1, call.num_groups + 1):
+        run, columns = groups * width, triton.next_power_of_2(groups * width)
+        if rows * columns * itemsize > max_bytes or run * itemsize > 512:
+            break
+        if (run * itemsize < 64 and groups < call.num_groups) or tokens * run < 0.6 * rows * columns:
+            continue
+        merit = (run * itemsize % 16 == 0, run / columns, -groups)
+        if best is None or merit > best[0]:
+            best = merit, groups, columns
+    if best is None:
+        return None
+    _, groups, columns = best
+    warps = min(max(rows * columns * itemsize // 2048, 1), 16)
+    return Slab(groups, triton.next_power_of_2(groups), columns, rows, warps)
+
+
+def _slab_configs(key: dict) -> list[Config]:
+    slab = key["slab"]
+    warps = [slab.warps] + [w for w in (slab.warps // 2, slab.warps * 2) if 1 <= w <= 16]
+    return [Config(slab.constants, num_warps=w, num_stages=1) for w in warps]
+
+
+def _part_rows(rows: int) -> int:
+    """A part's rows: 128, or 64 where that pads much less."""
+    return 64 if 64 * cdiv(rows, 64) < 0.9 * 128 * cdiv(rows, 128) else 128
+
+
+def _part_configs(key: dict) -> list[Config]:
+    tiles = [(64, 4), (64, 8)] + [(128, 8)] * (key["C"] > 64)
+    return [Config({"COLUMNS": columns}, num_warps=warps, num_stages=1) for columns, warps in tiles]
+
+
+def _gradient_part_configs(key: dict) -> list[Config]:
+    return sorted(_part_configs(key), key=lambda config: config.num_warps != 8)
+
+
+def _merge_configs(key: dict) -> list[Config]:
+    return [Config({"CHUNKS": 32}, num_warps=4 if key["width"] > 32 else 1, num_stages=1)]
+
+
+_FORWARD_SLAB = Tuned(_forward_slab, _slab_configs)
+_BACKWARD_SLAB = Tuned(_backward_slab, _slab_configs)
+_MOMENTS = Tuned(_moments, _part_configs)
+_MERGE_MOMENTS = Tuned(_merge_moments, _merge_configs)
+_NORMALIZE = Tuned(_normalize, _part_configs)
+_GRADIENT_SUMS = Tuned(_gradient_sums, _gradient_part_configs)
+_MERGE_SUMS = Tuned(_merge_sums, _merge_configs)
+_INPUT_GRADIENT = Tuned(_input_gradient, _gradient_part_configs)
+_AFFINE_GRADIENTS = Tuned(_affine_gradients, lambda _: [Config({"COLUMNS": 32, "ROWS": 64}, num_warps=4, num_stages=1)])
+
+
+# --- the backend ------------------------------------------------------------------------------------------------------------------
+
+
+def unsupported(call: GroupNormSiluCall) -> str | None:
+    return launch.unsupported(call.x, call.weight, call.bias)
+
+
+def forward(call: GroupNormSiluCall) -> tuple[Tensor, Tensor, Tensor]:
+    x, num_groups = call.x, call.num_groups
+    images, rows, channels = x.shape
+    out = x.new_empty(x.shape)
+    mean, rstd = x.new_empty((2, images, num_groups), dtype=torch.float32)
+    width = channels // num_groups
+    key: dict[str, Any] = {"dtype": launch.DTYPES[x.dtype], "C": channels, "width": width}
+    constants: dict[str, Any] = {"WIDTH": width, "SILU": call.silu, "ALIGN": _align(x, out)}
+    affine = (call.weight.stride(0), call.bias.stride(0))
+    ends = (_strides(x), _strides(out), *affine, rows)
+    slab = _fitting_slab(call, _SLAB_BYTES)
+    if slab is not None:
+        grid = (images * cdiv(num_groups, slab.groups), 1, 1)
+        tensors = (x, call.weight, call.bias, out, mean, rstd)
+        _FORWARD_SLAB(lambda _: grid, *tensors, *ends, num_groups, call.eps, key=key | {"slab": slab}, **constants)
+        return out, mean, rstd
+
+    part = _part_rows(rows)
+    parts = _parts(call, part)
+    key["rows"] = constants["ROWS"] = part
+    constants["CHANNELS"] = channels
+    moments = x.new_empty((images, cdiv(rows, part), 3, channels), dtype=torch.float32)
+    _MOMENTS(parts, x, moments, _strides(x), rows, key=key, CHANNELS=channels, ROWS=part, ALIGN=constants["ALIGN"])
+    _MERGE_MOMENTS(
+        lambda _: (images * num_groups, 1, 1),
+        *(moments, mean, rstd, rows, num_groups, call.eps),
+        key=key,
+        WIDTH=width,
+        SLOTS=triton.next_power_of_2(width),
+        ROWS=part,
+    )
+    _NORMALIZE(parts, x, mean, rstd, call.weight, call.bias, out, *ends, key=key, **constants)
+    return out, mean, rstd
+
+
+def backward(
+    call: GroupNormSiluCall,
+    grad: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+    dx: Tensor | None,
+    dweight: Tensor | None,
+    dbias: Tensor | None,
+) -> None:
+    x, num_groups = call.x, call.num_groups
+    images, rows, channels = x.shape
+    width = channels // num_groups
+    key: dict[str, Any] = {"dtype": launch.DTYPES[x.dtype], "C": channels, "width": width}
+    constants: dict[str, Any] = {"WIDTH": width, "SILU": call.silu, "ALIGN": _align(x, grad, dx)}
+    affine = (call.weight.stride(0), call.bias.stride(0))
+    inputs = (x, grad, mean, rstd, call.weight, call.bias)
+    strides: tuple[Any, ...] = (_strides(x), _strides(grad))
+    slab = _fitting_slab(call, _SLAB_BYTES_BACKWARD)
+    sums = None
+    if slab is None or dweight is not None or dbias is not None:
+        sums = x.new_empty((images, 2, channels), dtype=torch.float32)
+    if slab is not None:
+        grid = (images * cdiv(num_groups, slab.groups), 1, 1)
+        strides = (*strides, _strides(dx), *affine)
+        key |= {"slab": slab, "asked": (dx is not None, sums is not None)}
+        _BACKWARD_SLAB(lambda _: grid, *inputs, dx, sums, *strides, rows, num_groups, key=key, **constants)
+    else:
+        part = _part_rows(rows)
+        parts = _parts(call, part)
+        key["rows"] = constants["ROWS"] = part
+        constants["CHANNELS"] = channels
+        chunk_sums = x.new_empty((images, cdiv(rows, part), 2, channels), dtype=torch.float32)
+        means = x.new_empty((images, num_groups, 2), dtype=torch.float32)
+        _GRADIENT_SUMS(parts, *inputs, chunk_sums, *strides, *affine, rows, key=key, **constants)
+        _MERGE_SUMS(
+            lambda _: (images * num_groups, 1, 1),
+            *(chunk_sums, call.weight, sums, means, affine[0], chunk_sums.shape[1], num_groups, rows * width),
+            key=key,
+            WIDTH=width,
+            SLOTS=triton.next_power_of_2(width),
+        )
+        if dx is not None:
+            strides = (*strides, _strides(dx), *affine)
+            _INPUT_GRADIENT(parts, *inputs, means, dx, *strides, rows, key=key, **constants)
+    if dweight is not None or dbias is not None:
+        ends = [0 if tensor is None else tensor.stride(0) for tensor in (dweight, dbias)]
+        _AFFINE_GRADIENTS(
+            lambda constants: (cdiv(channels, constants["COLUMNS"]), 1, 1),
+            *(sums, dweight, dbias, *ends, images),
+            key={},
+            CHANNELS=channels,
+        )
+
+
+def _parts(call: GroupNormSiluCall, part: int) -> Callable[[dict], tuple[int, int, int]]:
+    """The grid of parts of ``part`` rows."""
+    images, rows, channels = call.x.shape
+    return lambda constants: (images * cdiv(rows, part) * cdiv(channels, constants["COLUMNS"]), 1, 1)
+
+
+def _strides(tensor: Tensor | None) -> tuple[int, ...]:
+    """The strides but the last, which is 1."""
+    return (0, 0) if tensor is None else tensor.stride()[:2]
+
+
+def _align(*tensors: Tensor | None) -> int:
+    """8 where all rows begin at multiples of 8 numbers (16 bytes in 16 bits), else 1."""
+    return 1 if any(stride % 8 for tensor in tensors for stride in _strides(tensor)) else 8

@@ -1,0 +1,170 @@
+"""Launching Triton kernels: which configuration runs, remembered between calls and processes.
+
+``triton.autotune`` measures anew for every exact size, may measure inside a CUDA graph's capture (which breaks it), and
+is not safe in two threads. ``Tuned`` measures once for a coarse key, never in a capture, and keeps the winners in
+Triton's cache folder.
+
+``UNIVID_AUTOTUNE=0``, or ``torch.use_deterministic_algorithms(True)``, always takes a kernel's first configuration, as
+the interpreter and captures without a measured winner do.
+"""
+
+import hashlib
+import json
+import os
+import tempfile
+import threading
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import triton
+from torch import Tensor
+
+cdiv = triton.cdiv
+
+DTYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
+
+
+@dataclass(frozen=True)
+class Config:
+    """One way to run a kernel: its tile sizes (constexprs by name), warps of a program, and software-pipelining
+    depth."""
+
+    constants: dict[str, int]
+    num_warps: int = 4
+    num_stages: int = 2
+
+    @property
+    def name(self) -> str:
+        tiles = " ".join(f"{k}={v}" for k, v in self.constants.items())
+        return f"{tiles} num_warps={self.num_warps} num_stages={self.num_stages}"
+
+
+class Tuned:
+    """A ``triton.jit`` kernel with the configurations that may run it.
+
+    ``configs(key)`` gives them for a key, a dict of what the best one depends on; the first is the default. A kernel
+    under ``Tuned`` only overwrites its outputs: it runs many times while it is measured.
+    """
+
+    def __init__(self, kernel, configs: Callable[[dict], list[Config]]):
+        self.kernel = kernel
+        self.configs = configs
+        self._chosen: dict[tuple, Config] = {}  # (device, *key) -> the winner
+        self._lock = threading.Lock()
+
+    def __call__(self, grid: Callable[[dict], tuple], *args, key: dict, **constants) -> None:
+        device = next(a.device for a in args if isinstance(a, Tensor))
+        with _on(device):
+            config = self._choose(device, key, lambda config: self._run(config, grid, args, constants))
+            self._run(config, grid, args, constants)
+
+    def _run(self, config: Config, grid: Callable[[dict], tuple], args: tuple, constants: dict) -> None:
+        meta = {**constants, **config.constants}
+        self.kernel[grid(meta)](*args, **meta, num_warps=config.num_warps, num_stages=config.num_stages)
+
+    def _choose(self, device: torch.device, key: dict, run: Callable[[Config], None]) -> Config:
+        if device.type == "cpu" or not autotunes():
+            return self.configs(key)[0]
+        index = (device, *key.items())
+        config = self._chosen.get(index)
+        if config is not None:
+            return config
+        configs = self.configs(key)
+        if len(configs) == 1:
+            return configs[0]
+        with self._lock:
+            if index not in self._chosen:
+                remembered = self._remembered(device, key, configs)
+                if remembered is None and device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+                    return configs[0]
+                self._chosen[index] = remembered or self._measure(device, key, configs, run)
+            return self._chosen[index]
+
+    def _measure(self, device: torch.device, key: dict, configs: list[Config], run: Callable[[Config], None]) -> Config:
+        times: dict[str, float] = {}  # by configuration's name
+        for config in configs:
+            try:
+                times[config.name] = triton.testing.do_bench(
+                    lambda c=config: run(c), warmup=5, rep=20, return_mode="median"
+                )
+            except triton.runtime.errors.OutOfResources:  # a smaller card than the configuration was made for
+                continue
+        best = min(configs, key=lambda config: times.get(config.name, float("inf")))
+        path = self._path(device)
+        winners = _read(path)
+        winners[_text(key)] = best.name
+        _write(path, winners)
+        return best
+
+    def _remembered(self, device: torch.device, key: dict, configs: list[Config]) -> Config | None:
+        name = _read(self._path(device)).get(_text(key))
+        return next((config for config in configs if config.name == name), None)
+
+    def _path(self, device: torch.device) -> Path:
+        # The winner holds for this kernel's source, this compiler and this kind of card.
+        card = torch.get_device_module(device).get_device_name(device)
+        identity = f"{self.kernel.cache_key} {triton.__version__} {card}"
+        digest = hashlib.sha256(identity.encode()).hexdigest()[:16]
+        return Path(_cache_folder()) / "univid" / f"{self.kernel.__name__.strip('_')}-{digest}.json"
+
+
+def autotunes() -> bool:
+    """Whether configurations are measured: unless UNIVID_AUTOTUNE=0, or results must be the same bits in every process."""
+    return os.environ.get("UNIVID_AUTOTUNE", "1") != "0" and not torch.are_deterministic_algorithms_enabled()
+
+
+def interpreted() -> bool:
+    """Whether Triton runs in its interpreter, which takes CPU tensors."""
+    return triton.knobs.runtime.interpret
+
+
+def unsupported(*tensors: Tensor | None) -> str | None:
+    """Why no Triton kernel here can run on these tensors, or None."""
+    for tensor in tensors:
+        if tensor is None:
+            continue
+        if tensor.dtype not in DTYPES:
+            return f"dtype {tensor.dtype}: bfloat16, float16 or float32 needed"
+        if tensor.device.type not in ("cuda", "xpu") and not interpreted():
+            return f"tensors on {tensor.device.type}: a GPU needed"
+        if tensor.dtype == torch.bfloat16 and interpreted():
+            return "dtype torch.bfloat16: Triton's interpreter computes it wrongly"
+    return None
+
+
+def _on(device: torch.device):
+    """The device made current, since Triton launches on the current one."""
+    if device.type != "cuda" or device.index == torch.cuda.current_device():
+        return nullcontext()
+    return torch.cuda.device(device)
+
+
+def _cache_folder() -> str:
+    return triton.knobs.cache.dir
+
+
+def _text(key: dict) -> str:
+    return " ".join(f"{k}={v}" for k, v in key.items())
+
+
+def _read(path: Path) -> dict[str, str]:
+    try:
+        winners = json.loads(path.read_text())
+    except (OSError, ValueError):  # none yet, or a damaged one: it is measured and written anew
+        winners = None
+    return winners if isinstance(winners, dict) else {}
+
+
+def _write(path: Path, winners: dict[str, str]) -> None:
+    """Written beside and renamed, so that another process never reads half a file; a folder that cannot be written
+    costs only time."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False) as file:
+            json.dump(winners, file, indent=1)
+        os.replace(file.name, path)
+    except OSError:
+        pass

@@ -1,0 +1,261 @@
+"""The backends ``torch`` (gather and ``scaled_dot_product_attention``; any device) and ``reference`` (the formulas).
+
+Both are differentiable functions on PyTorch's own operators: the backward runs the forward again and lets autograd
+differentiate it. SDPA keeps its logsumexp to itself: the ``torch`` backend returns -inf in its place, which its own
+backward does not read.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from univid.kernels.calls import (
+    DualStreamCall,
+    GroupNormSiluCall,
+    PyramidCall,
+    Stream,
+    StreamGrads,
+    TemporalCall,
+    TemporalConvCall,
+)
+from univid.ops import reference
+
+# Past this many batches some of SDPA's kernels leave their launch grid (65535 in y and z).
+_MAX_BATCH = 32768
+
+
+class Eager:
+    """A backend made of a differentiable ``function(call) -> outputs``, the first of them being ``out``."""
+
+    def __init__(self, function: Callable, differentiable: tuple[str, ...]):
+        self.function = function
+        self.differentiable = differentiable  # the call's tensors, in the order of the gradients handed to ``backward``
+
+    def unsupported(self, call: Any) -> str | None:
+        return None
+
+    def forward(self, call: Any) -> Any:
+        outputs = self.function(call)
+        return tuple(x.contiguous() for x in outputs) if isinstance(outputs, tuple) else outputs.contiguous()
+
+    def backward(self, call: Any, grad: Tensor, *saved_then_gradients: Tensor | None) -> None:
+        gradients = saved_then_gradients[-len(self.differentiable) :]
+        wanted = {name: g for name, g in zip(self.differentiable, gradients, strict=True) if g is not None}
+        leaves = {name: getattr(call, name).detach().requires_grad_() for name in wanted}
+        with _recording():
+            out = self.function(call._replace(**leaves))
+        out = out[0] if isinstance(out, tuple) else out
+        with _ieee_convolutions():
+            results = torch.autograd.grad(out, list(leaves.values()), grad)
+        for g, result in zip(wanted.values(), results, strict=True):
+            g.copy_(result)
+
+
+class EagerDualStream:
+    """The same for two streams; ``function(q, k, v, scale) -> (out, logsumexp)`` is one stream's attention, before its
+    weight."""
+
+    def __init__(self, function: Callable):
+        self.function = function
+
+    def unsupported(self, call: DualStreamCall) -> str | None:
+        return None
+
+    def forward(self, call: DualStreamCall) -> tuple[Tensor, ...]:
+        parts, logsumexps = [], []
+        for stream in (call.text, call.image):
+            if stream is None:
+                logsumexps.append(call.q.new_empty(0, dtype=torch.promote_types(call.q.dtype, torch.float32)))
+                continue
+            part, logsumexp = self.function(call.q, stream.k, stream.v, call.scale)
+            parts.append(part * _gate(stream, part.dtype))
+            logsumexps.append(logsumexp.contiguous())
+        return sum(parts[1:], parts[0]).to(call.q.dtype).contiguous(), *logsumexps
+
+    def backward(
+        self,
+        call: DualStreamCall,
+        grad: Tensor,
+        out: Tensor,
+        lse_text: Tensor,
+        lse_image: Tensor,
+        dq: Tensor | None,
+        text_grads: StreamGrads | None,
+        image_grads: StreamGrads | None,
+    ) -> None:
+        dqs = []
+        for stream, grads in ((call.text, text_grads), (call.image, image_grads)):
+            if stream is None or grads is None:
+                continue
+            tensors = {"q": call.q, "k": stream.k, "v": stream.v}
+            wanted = {name: g for name, g in zip("qkv", (dq, grads.dk, grads.dv), strict=True) if g is not None}
+            leaves = {name: tensors[name].detach().requires_grad_() for name in wanted}
+            with _recording():
+                part, _ = self.function(**(tensors | leaves), scale=call.scale)
+            grad_ = grad.to(part.dtype)
+            if grads.dweight is not None:
+                grads.dweight.copy_((part.detach() * grad_).sum(-1).permute(0, 3, 1, 2))
+            if not wanted:
+                continue
+            results = torch.autograd.grad(part, list(leaves.values()), grad_ * _gate(stream, part.dtype))
+            for (name, g), result in zip(wanted.items(), results, strict=True):
+                if name == "q":
+                    dqs.append(result.to(part.dtype))
+                else:
+                    g.copy_(result)
+        if dq is not None:
+            dq.copy_(sum(dqs[1:], dqs[0]))
+
+
+def _gate(stream: Stream, dtype: torch.dtype) -> Tensor | float:
+    return stream.weight[..., None, None].to(dtype) if isinstance(stream.weight, Tensor) else stream.weight
+
+
+@contextmanager
+def _recording() -> Iterator[None]:
+    """Autograd records, also where the dispatcher has passed it already (inside an operator under a
+    TorchDispatchMode)."""
+    key = torch._C.DispatchKey
+    autograd = torch._C.DispatchKeySet(key.AutogradFunctionality) | torch._C.DispatchKeySet(key.ADInplaceOrView)
+    included = torch._C._dispatch_tls_local_include_set()
+    excluded = torch._C._dispatch_tls_local_exclude_set() - autograd
+    with torch._C._ForceDispatchKeyGuard(included, excluded), torch.enable_grad():
+        yield
+
+
+# --- torch ------------------------------------------------------------------------------------------------------------
+
+
+def _pyramid(call: PyramidCall) -> tuple[Tensor, Tensor]:
+    q, k, v = call.q, call.k, call.v
+    clips, frames, tokens, heads, dim = q.shape
+    rows, num_refs = call.table.shape[1:]
+    table = call.table.long().expand(clips, rows, num_refs)
+    inside = (table >= 0) & (table < k.shape[1])
+    clip = torch.arange(clips, device=q.device)[:, None, None]
+    chosen = (torch.where(inside, table, 0) + clip * k.shape[1]).flatten()
+    mask = None
+    if call.padded:
+        # A row without any reference attends to all, so that its softmax is finite, and is zeroed below.
+        empty = ~inside.any(-1, keepdim=True)
+        mask = (inside | empty).flatten(0, 1).repeat_interleave(k.shape[2], dim=-1)[:, None, None]
+    k_, v_ = (
+        x.flatten(0, 1).index_select(0, chosen).reshape(clips * rows, num_refs * k.shape[2], heads, dim).transpose(1, 2)
+        for x in (k, v)
+    )
+    q_ = q.reshape(clips * rows, frames // rows * tokens, heads, dim).transpose(1, 2)
+    out = F.scaled_dot_product_attention(q_, k_, v_, attn_mask=mask, scale=call.scale).transpose(1, 2)
+    if mask is not None:
+        out = out.masked_fill(empty.view(-1, 1, 1, 1), 0)
+    return out.reshape(q.shape).contiguous(), _no_logsumexp(q)
+
+
+def _stream(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    clips, frames, tokens, heads, dim = q.shape
+    q_ = q.reshape(clips, frames * tokens, heads, dim).transpose(1, 2)
+    out = F.scaled_dot_product_attention(q_, k.transpose(1, 2), v.transpose(1, 2), scale=scale)
+    # The weighted sum of both streams is made in float32.
+    return out.transpose(1, 2).reshape(q.shape).to(torch.promote_types(q.dtype, torch.float32)), _no_logsumexp(q)
+
+
+def _temporal(call: TemporalCall) -> tuple[Tensor, Tensor]:
+    """A clip at a time, so that its pixels are the batch without a copy."""
+    out = []
+    for clip in zip(call.q, call.k, call.v, strict=True):
+        pixels = zip(*(x.permute(1, 2, 0, 3).split(_MAX_BATCH) for x in clip), strict=True)
+        out.append(torch.cat([F.scaled_dot_product_attention(q, k, v, scale=call.scale) for q, k, v in pixels]))
+    return torch.stack(out).permute(0, 3, 1, 2, 4).contiguous(), _no_logsumexp(call.q)
+
+
+def _temporal_conv(call: TemporalConvCall) -> Tensor:
+    """A (K, 1) convolution over the (T, N) plane: channels-last memory as it is."""
+    taps = call.weight.shape[2]
+    x = call.x.permute(0, 3, 1, 2)
+    # On the host some of PyTorch's convolutions (float64) have no gradient of a weight that is not contiguous.
+    weight = call.weight if call.weight.is_cuda else call.weight.contiguous()
+    with _ieee_convolutions():
+        out = F.conv2d(x, weight[..., None], call.bias, padding=(taps // 2, 0)).permute(0, 2, 3, 1)
+    out = out if call.residual is None else out + call.residual
+    return out.contiguous()
+
+
+@contextmanager
+def _ieee_convolutions() -> Iterator[None]:
+    """float32 means float32: PyTorch lets cuDNN multiply in TF32 by default."""
+    cudnn = torch.backends.cudnn
+    before = cudnn.allow_tf32
+    cudnn.allow_tf32 = False
+    try:
+        yield
+    finally:
+        cudnn.allow_tf32 = before
+
+
+def _group_norm_silu(call: GroupNormSiluCall) -> tuple[Tensor, Tensor, Tensor]:
+    samples, tokens, channels = call.x.shape
+    # Mixed dtypes are computed in float32 or wider: not every device's kernel takes them.
+    dtype = torch.promote_types(call.x.dtype, torch.float32)
+    x = call.x if call.weight.dtype == call.bias.dtype == call.x.dtype else call.x.to(dtype)
+    x = x.transpose(1, 2).contiguous()
+    weight, bias = call.weight.to(x.dtype).contiguous(), call.bias.to(x.dtype).contiguous()
+    out, mean, rstd = torch.native_group_norm(x, weight, bias, samples, channels, tokens, call.num_groups, call.eps)
+    out = F.silu(out) if call.silu else out
+    return out.transpose(1, 2).to(call.x.dtype).contiguous(), mean.to(dtype), rstd.to(dtype)
+
+
+def _no_logsumexp(q: Tensor) -> Tensor:
+    clips, frames, tokens, heads, _ = q.shape
+    return q.new_full((clips, heads, frames, tokens), -torch.inf, dtype=torch.promote_types(q.dtype, torch.float32))
+
+
+# --- reference --------------------------------------------------------------------------------------------------------
+
+
+def _reference_pyramid(call: PyramidCall) -> tuple[Tensor, Tensor]:
+    return reference.pyramid_st_attn(call.q, call.k, call.v, call.table, call.scale)
+
+
+def _reference_stream(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    # Wider inputs, so that the weighted sum of both streams is not rounded in between.
+    dtype = torch.promote_types(q.dtype, torch.float32)
+    out, (logsumexp,) = reference.dual_stream_attn(q.to(dtype), [(k, v, 1.0)], scale)
+    return out, logsumexp
+
+
+def _reference_temporal(call: TemporalCall) -> tuple[Tensor, Tensor]:
+    return reference.temporal_attn(*call)
+
+
+def _reference_temporal_conv(call: TemporalConvCall) -> Tensor:
+    return reference.temporal_conv(*call)
+
+
+def _reference_group_norm_silu(call: GroupNormSiluCall) -> tuple[Tensor, Tensor, Tensor]:
+    return reference.group_norm_silu(*call)
+
+
+_QKV = ("q", "k", "v")
+_AFFINE = ("x", "weight", "bias")
+
+BACKENDS = {
+    "torch": {
+        "pyramid": Eager(_pyramid, _QKV),
+        "dual_stream": EagerDualStream(_stream),
+        "temporal": Eager(_temporal, _QKV),
+        "temporal_conv": Eager(_temporal_conv, _AFFINE),
+        "group_norm": Eager(_group_norm_silu, _AFFINE),
+    },
+    "reference": {
+        "pyramid": Eager(_reference_pyramid, _QKV),
+        "dual_stream": EagerDualStream(_reference_stream),
+        "temporal": Eager(_reference_temporal, _QKV),
+        "temporal_conv": Eager(_reference_temporal_conv, _AFFINE),
+        "group_norm": Eager(_reference_group_norm_silu, _AFFINE),
+    },
+}

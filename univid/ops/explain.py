@@ -1,0 +1,53 @@
+"""Which backend would run a call, and why the faster ones would not."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+from univid.kernels.calls import GroupNormSiluCall, TemporalConvCall
+from univid.ops import dispatch, dual_stream, group_norm, pyramid, temporal, temporal_conv
+
+
+class _Operator(NamedTuple):
+    module: str  # the name of its files, on every floor
+    arguments: Callable  # the public arguments, checked -> those of the registered operator, the backend's name last
+    call: Callable  # those -> what a backend is given
+
+
+_OPERATORS = {
+    "pyramid_st_attn": _Operator("pyramid", pyramid._arguments, pyramid._call),
+    "pyramid_st_attn_qkv": _Operator("pyramid", pyramid._arguments_qkv, pyramid._call_qkv),
+    "dual_stream_attn": _Operator("dual_stream", dual_stream._arguments, dual_stream._call),
+    "temporal_attn": _Operator("temporal", temporal._arguments, temporal._call),
+    "temporal_attn_qkv": _Operator("temporal", temporal._arguments_qkv, temporal._call_qkv),
+    "temporal_conv": _Operator("temporal_conv", temporal_conv._arguments, lambda *a: TemporalConvCall(*a[:-1])),
+    "group_norm_silu": _Operator("group_norm", group_norm._arguments, lambda *a: GroupNormSiluCall(*a[:-1])),
+}
+
+
+def explain(operator: str, *args: Any, **kwargs: Any) -> None:
+    """Print, for each direction, which backend would run ``operator(*args, **kwargs)`` and why the others would not.
+
+    Args:
+        operator: an operator's name, such as "pyramid_st_attn"; the rest are its own arguments, which are checked as it
+            would.
+    """
+    for direction in ("forward", "backward"):
+        chosen, refusals = backends_for(operator, *args, direction=direction, **kwargs)
+        print(f"{operator} {direction}: {chosen or 'the backend asked for cannot run it'}")
+        for backend, refusal in refusals.items():
+            print(f"  {backend:<9}  {refusal or ('runs' if backend == chosen else 'can')}")
+
+
+def backends_for(
+    operator: str, *args: Any, direction: str = "forward", **kwargs: Any
+) -> tuple[str | None, dict[str, str | None]]:
+    """The backend that would run a call (None: the one asked for cannot), and for every backend why it cannot, or
+    None."""
+    if operator not in _OPERATORS:
+        raise ValueError(f"operator: got {operator!r}, needs one of {', '.join(map(repr, _OPERATORS))}")
+    module, arguments, call = _OPERATORS[operator]
+    checked = arguments(*args, **kwargs)
+    refusals = dispatch.candidates(module, call(*checked), direction)
+    return dispatch.preferred(refusals, checked[-1]), refusals

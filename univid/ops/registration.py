@@ -1,0 +1,162 @@
+"""Registering operators with PyTorch (``torch.library``): what every operator of UniVid needs, in one place."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Collection
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
+
+LIBRARY = torch.library.Library("univid", "DEF")
+
+_AUTOCAST = {"cpu": "AutocastCPU", "cuda": "AutocastCUDA", "xpu": "AutocastXPU", "mps": "AutocastMPS"}
+
+
+def register(
+    schema: str,
+    implementation: Callable,
+    fake: Callable,
+    flops: Callable[..., int],
+    *,
+    autocast: Collection[int] = (),
+) -> None:
+    """Define ``univid::<schema>`` for every device.
+
+    Args:
+        schema: name, arguments and returns in PyTorch's notation.
+        implementation: chooses a backend and runs it.
+        fake: the outputs' shapes and dtypes.
+        flops: floating-point operations, of the arguments, a tensor standing as its shape (torch.utils.flop_counter).
+        autocast: positions of the arguments that autocast casts to its dtype. Inside the operator nothing autocasts.
+    """
+    name = schema.partition("(")[0]
+    LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag, torch.Tag.needs_exact_strides))
+    LIBRARY.impl(name, implementation, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"univid::{name}", fake, lib=LIBRARY)
+    operator = getattr(torch.ops.univid, name)
+    for device_type, key in _AUTOCAST.items():
+        LIBRARY.impl(name, _autocast_rule(operator.default, device_type, autocast), key)
+    register_flop_formula(operator)(flops)
+
+
+def register_gradient(name: str, setup_context: Callable, backward: Callable) -> None:
+    """The autograd formula of ``univid::<name>``; ``backward(ctx, grad, ...)`` is called for a defined gradient of the
+    first output.
+
+    Only the first output is differentiable. Differentiating twice raises RuntimeError.
+    """
+
+    def setup(ctx: Any, inputs: tuple, output: Any) -> None:
+        ctx.set_materialize_grads(False)  # else zeros would be made for the logsumexp at every backward
+        if isinstance(output, tuple):
+            ctx.mark_non_differentiable(*output[1:])
+        ctx.num_inputs = len(inputs)
+        ctx.deterministic = torch.are_deterministic_algorithms_enabled()
+        setup_context(ctx, inputs, output)
+
+    def formula(ctx: Any, grad: Tensor | None, *_: None) -> tuple:
+        if grad is None:
+            return (None,) * ctx.num_inputs
+        with torch.no_grad():
+            gradients = backward(ctx, grad)
+        if torch.is_grad_enabled():  # create_graph=True
+            saved = (grad, *(x for x in ctx.saved_tensors if x is not None))
+            gradients = tuple(None if g is None else _NotTwice.apply(name, g, *saved) for g in gradients)
+        return gradients
+
+    torch.library.register_autograd(f"univid::{name}", formula, setup_context=setup, lib=LIBRARY)
+
+
+class _NotTwice(torch.autograd.Function):
+    """A gradient whose own gradient raises, instead of being taken for a constant."""
+
+    @staticmethod
+    def forward(ctx: Any, name: str, gradient: Tensor, *saved: Tensor) -> Tensor:
+        ctx.name = name
+        return gradient.view_as(gradient)
+
+    @staticmethod
+    def backward(ctx: Any, *_: Tensor) -> tuple:
+        raise RuntimeError(f"{ctx.name}: cannot be differentiated twice")
+
+
+def _autocast_rule(operator: Any, device_type: str, casts: Collection[int]) -> Callable:
+    keys = torch._C.DispatchKeySet(torch._C.DispatchKey.AutocastCPU)
+    for key in _AUTOCAST.values():
+        keys = keys | torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, key))
+
+    def rule(*args: Any) -> Any:
+        dtype = torch.get_autocast_dtype(device_type)
+        with torch._C._ExcludeDispatchKeyGuard(keys):
+            return operator(*(_cast(a, dtype) if i in casts else a for i, a in enumerate(args)))
+
+    return rule
+
+
+def _cast(x: Any, dtype: torch.dtype) -> Any:
+    # As PyTorch's own rules: float64 is left alone.
+    if isinstance(x, Tensor) and x.is_floating_point() and x.dtype != torch.float64:
+        return x.to(dtype)
+    return x
+
+
+class deterministic_algorithms:
+    """Within it PyTorch's own operators are deterministic, whatever the process's setting, if ``on``.
+
+    The setting is the process's, and each device's backward runs in a thread of its own: the last one to leave restores
+    it.
+    """
+
+    _lock = threading.Lock()
+    _inside = 0  # how many threads are
+    _before = False  # the setting that the first of them found
+
+    def __init__(self, on: bool):
+        self.on = on
+
+    def __enter__(self) -> None:
+        if not self.on:
+            return
+        cls = deterministic_algorithms
+        with cls._lock:
+            if cls._inside == 0:
+                cls._before = torch.are_deterministic_algorithms_enabled()
+                if not cls._before:
+                    torch.use_deterministic_algorithms(True)
+            cls._inside += 1
+
+    def __exit__(self, *_: object) -> None:
+        if not self.on:
+            return
+        cls = deterministic_algorithms
+        with cls._lock:
+            cls._inside -= 1
+            if cls._inside == 0 and not cls._before:
+                torch.use_deterministic_algorithms(False)
+
+
+def new_gradients(needs: list[bool], *inputs: Tensor | None) -> list[Tensor]:
+    """An empty contiguous gradient for each input that needs one, and an empty tensor of shape (0,) for the others."""
+    like = next(x for x in inputs if x is not None)
+    return [
+        x.new_empty(x.shape) if need and x is not None else like.new_empty(0)
+        for need, x in zip(needs, inputs, strict=True)
+    ]
+
+
+def asked(needs: list[bool], gradients: list[Tensor]) -> list[Tensor | None]:
+    """The gradients that were asked for, None for the others."""
+    return [g if need else None for need, g in zip(needs, gradients, strict=True)]
+
+
+def contiguous_rows(x: Tensor) -> Tensor:
+    """``x``, copied if its last dimension is not contiguous (an expanded gradient, for example)."""
+    return x if x.shape[-1] == 1 or x.stride(-1) == 1 else x.contiguous()
+
+
+def statistics_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype of sums over tensors of ``dtype``: float32, or float64 for float64."""
+    return torch.promote_types(dtype, torch.float32)
