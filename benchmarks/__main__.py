@@ -16,11 +16,13 @@ def main() -> None:
     parser.add_argument("--op", choices=BENCHES, action="append", help="only this operator (may be repeated)")
     parser.add_argument("--levels", nargs="+", choices=LEVELS, default=list(QUICK))
     parser.add_argument("--batch", nargs="+", type=int, default=[2])
+    parser.add_argument("--tables", nargs="+", choices=bench_pyramid.TABLES, default=list(bench_pyramid.TABLES))
     parser.add_argument("--only", nargs="+", help="only these implementations")
     parser.add_argument("--print", action="store_true", help="print the rows and write no file")
     options = parser.parse_args()
     for op in options.op or BENCHES:
-        rows = BENCHES[op].rows(options.levels, options.batch, only=options.only)
+        more = {"kinds": options.tables} if op == bench_pyramid.OP else {}
+        rows = BENCHES[op].rows(options.levels, options.batch, only=options.only, **more)
         for row in rows:
             print(_line(row))
         if not options.print:

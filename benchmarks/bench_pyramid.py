@@ -9,6 +9,7 @@ from benchmarks.levels import LEVELS, Level
 from univid.ops import ReferenceFrames, pyramid_st_attn, reference
 
 OP = "pyramid_st_attn"
+TABLES = ("per_frame", "shared", "random")
 
 
 def table(kind: str, level: Level) -> ReferenceFrames:
@@ -94,7 +95,7 @@ def implementations(name: str, batch: int, refs: ReferenceFrames) -> dict:
     return run
 
 
-def rows(levels, batches, kinds=("per_frame", "shared", "random"), only=None) -> list[dict]:
+def rows(levels, batches, kinds=TABLES, only=None) -> list[dict]:
     results = []
     for name in levels:
         for batch in batches:

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from tests.tester import DTYPES, Case, Operator, Random, Run, Tester, drawn_runs, every_run, one_key_terms
+from tests.tester import DTYPES, LARGE_LOGITS, Case, Operator, Random, Run, Tester, drawn_runs, every_run, one_key_terms
 from univid.ops import reference, temporal_attn, temporal_attn_qkv
 
 BF16, FP16, FP32 = DTYPES
@@ -83,8 +83,8 @@ CASES = [
     TemporalCase(id="grad-ones", grad="ones"),
     TemporalCase(id="grad-transposed", grad="transposed"),
     TemporalCase(id="scaled", scale=0.3),
-    TemporalCase(id="logits-1e4", logits=1e4, compiled=DTYPES, **TWICE),
-    TemporalCase(id="logits-1e4-long", logits=1e4, T=70, N=3),
+    TemporalCase(id="logits-1e4", **LARGE_LOGITS, interpreted=(FP16,), small=SMALL),
+    TemporalCase(id="logits-1e4-long", **LARGE_LOGITS, T=70, N=3),
     TemporalCase(id="needs-nothing", needs=()),
     TemporalCase(id="needs-q", needs=("q",), **ONCE),
     TemporalCase(id="needs-k", needs=("k",)),

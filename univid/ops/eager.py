@@ -149,7 +149,7 @@ def _pyramid(call: PyramidCall) -> tuple[Tensor, Tensor]:
         x.flatten(0, 1).index_select(0, chosen).reshape(clips * rows, num_refs * k.shape[2], heads, dim).transpose(1, 2)
         for x in (k, v)
     )
-    q_ = q.reshape(clips * rows, frames // rows * tokens, heads, dim).transpose(1, 2)
+    q_ = _aligned(q).reshape(clips * rows, frames // rows * tokens, heads, dim).transpose(1, 2)
     out = F.scaled_dot_product_attention(q_, k_, v_, attn_mask=mask, scale=call.scale).transpose(1, 2)
     if mask is not None:
         out = out.masked_fill(empty.view(-1, 1, 1, 1), 0)
@@ -158,8 +158,9 @@ def _pyramid(call: PyramidCall) -> tuple[Tensor, Tensor]:
 
 def _stream(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
     clips, frames, tokens, heads, dim = q.shape
-    q_ = q.reshape(clips, frames * tokens, heads, dim).transpose(1, 2)
-    out = F.scaled_dot_product_attention(q_, k.transpose(1, 2), v.transpose(1, 2), scale=scale)
+    q_ = _aligned(q).reshape(clips, frames * tokens, heads, dim).transpose(1, 2)
+    k_, v_ = (_aligned(x).transpose(1, 2) for x in (k, v))
+    out = F.scaled_dot_product_attention(q_, k_, v_, scale=scale)
     # The weighted sum of both streams is made in float32.
     return out.transpose(1, 2).reshape(q.shape).to(torch.promote_types(q.dtype, torch.float32)), _no_logsumexp(q)
 
@@ -167,7 +168,7 @@ def _stream(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tens
 def _temporal(call: TemporalCall) -> tuple[Tensor, Tensor]:
     """A clip at a time, so that its pixels are the batch without a copy."""
     out = []
-    for clip in zip(call.q, call.k, call.v, strict=True):
+    for clip in zip(*map(_aligned, (call.q, call.k, call.v)), strict=True):
         pixels = zip(*(x.permute(1, 2, 0, 3).split(_MAX_BATCH) for x in clip), strict=True)
         out.append(torch.cat([F.scaled_dot_product_attention(q, k, v, scale=call.scale) for q, k, v in pixels]))
     return torch.stack(out).permute(0, 3, 1, 2, 4).contiguous(), _no_logsumexp(call.q)
@@ -198,15 +199,23 @@ def _ieee_convolutions() -> Iterator[None]:
 
 
 def _group_norm_silu(call: GroupNormSiluCall) -> tuple[Tensor, Tensor, Tensor]:
-    samples, tokens, channels = call.x.shape
-    # Mixed dtypes are computed in float32 or wider: not every device's kernel takes them.
     dtype = torch.promote_types(call.x.dtype, torch.float32)
-    x = call.x if call.weight.dtype == call.bias.dtype == call.x.dtype else call.x.to(dtype)
-    x = x.transpose(1, 2).contiguous()
-    weight, bias = call.weight.to(x.dtype).contiguous(), call.bias.to(x.dtype).contiguous()
-    out, mean, rstd = torch.native_group_norm(x, weight, bias, samples, channels, tokens, call.num_groups, call.eps)
+    groups = call.x.to(dtype).unflatten(-1, (call.num_groups, -1))
+    # Not F.group_norm: on a GPU it takes the variance as a difference of means, and channels first.
+    var, mean = torch.var_mean(groups, (1, 3), correction=0, keepdim=True)
+    rstd = (var + call.eps).rsqrt()
+    out = ((groups - mean) * rstd).flatten(-2) * call.weight + call.bias
     out = F.silu(out) if call.silu else out
-    return out.transpose(1, 2).to(call.x.dtype).contiguous(), mean.to(dtype), rstd.to(dtype)
+    return out.to(call.x.dtype).contiguous(), mean.flatten(1), rstd.flatten(1)
+
+
+def _aligned(x: Tensor) -> Tensor:
+    """``x``, copied where SDPA's kernels, which read 16 bytes at a time on a GPU, would not find it."""
+    unit = 16 // x.element_size() or 1
+    strides = (stride for stride, size in zip(x.stride()[:-1], x.shape, strict=False) if size > 1)
+    if not x.is_cuda or (x.data_ptr() % 16 == 0 and all(stride % unit == 0 for stride in strides)):
+        return x
+    return x.clone(memory_format=torch.contiguous_format)
 
 
 def _no_logsumexp(q: Tensor) -> Tensor:

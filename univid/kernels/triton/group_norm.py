@@ -436,7 +436,7 @@ def forward(call: GroupNormSiluCall) -> tuple[Tensor, Tensor, Tensor]:
     x, num_groups = call.x, call.num_groups
     images, rows, channels = x.shape
     out = x.new_empty(x.shape)
-    mean, rstd = x.new_empty((2, images, num_groups), dtype=torch.float32)
+    mean, rstd = (x.new_empty((images, num_groups), dtype=torch.float32) for _ in range(2))
     width = channels // num_groups
     key: dict[str, Any] = {"dtype": launch.DTYPES[x.dtype], "C": channels, "width": width}
     constants: dict[str, Any] = {"WIDTH": width, "SILU": call.silu, "ALIGN": _align(x, out)}

@@ -78,7 +78,7 @@ class Tuned:
         with self._lock:
             if index not in self._chosen:
                 remembered = self._remembered(device, key, configs)
-                if remembered is None and device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+                if remembered is None and device.type != "xpu" and torch.cuda.is_current_stream_capturing():
                     return configs[0]
                 self._chosen[index] = remembered or self._measure(device, key, configs, run)
             return self._chosen[index]
