@@ -8,6 +8,8 @@ import sys
 from benchmarks.record import RESULTS, ROOT, sources_sha256
 
 PAGE = ROOT / "docs" / "benchmarks.md"
+README = ROOT / "README.md"
+BEGIN, END = "<!-- results -->", "<!-- /results -->"
 
 # What a row is judged by, and how it reads: matrix work in TFLOP/s, streams of bytes in GB/s, the rest in milliseconds.
 UNITS = {
@@ -34,7 +36,9 @@ def main() -> int:
             print(f"{path.relative_to(ROOT)}: sources changed since; run: python -m benchmarks --op {path.stem}")
         return len(stale) > 0
     PAGE.write_text("\n".join(_page(results)) + "\n")
-    print(PAGE.relative_to(ROOT))
+    before, _, rest = README.read_text().partition(BEGIN)
+    README.write_text(before + "\n".join([BEGIN, "", *_summary(results), "", END]) + rest.partition(END)[2])
+    print(PAGE.relative_to(ROOT), README.relative_to(ROOT))
     return 0
 
 
@@ -61,6 +65,27 @@ def _page(results: dict) -> list[str]:
             rows = [r for r in result["rows"] if (r["batch"], r.get("table", "")) == (batch, table)]
             lines += ["", *_table(f"B = {batch}" + (f", table {table}" if table else ""), rows, key, form)]
     return lines
+
+
+def _summary(results: dict) -> list[str]:
+    """The README's table: at each level of the U-Net, our fastest backend and the fastest of all others."""
+    levels = ("f1", "f2", "f4", "f8")
+    lines = [f"| ours / best peer | {' | '.join(levels)} |", "|---" * 5 + "|"]
+    for path, result in results.items():
+        key, unit, form = UNITS[path.stem]
+        for direction, name in DIRECTIONS.items():
+            cells = []
+            for level in levels:
+                rows = [r for r in result["rows"] if (r["level"], r["direction"], r["batch"]) == (level, direction, 2)]
+                rows = [r for r in rows if key in r and r.get("table", "per_frame") == "per_frame"]
+                best = min if key == "ms" else max
+                ours, peers = (
+                    [r[key] for r in rows if (r["implementation"] in OURS) == mine] for mine in (True, False)
+                )
+                cells.append(" / ".join(form.format(best(values)) if values else "–" for values in (ours, peers)))
+            lines.append(f"| `{path.stem}` {name}, {unit} | {' | '.join(cells)} |")
+    first = next(iter(results.values()))["environment"]
+    return [f"{first['gpu']}, {first['date']}, bfloat16, two clips of 24 frames, D = 64:", "", *lines]
 
 
 def _table(title: str, rows: list[dict], key: str, form: str) -> list[str]:
