@@ -11,6 +11,8 @@ from univid.ops import reference, temporal_attn
 
 OP = "temporal_attn"
 
+torch._functorch.config.donated_buffer = False  # a compiled backward is timed on one forward, again and again
+
 
 def problem(name: str, batch: int) -> Problem:
     level = LEVELS[name]
