@@ -3,6 +3,7 @@
 import torch
 import torch.nn.functional as F
 from einops import rearrange
+from torch._functorch import config as functorch_config
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from benchmarks.harness import Problem, Tensors, measure
@@ -11,7 +12,7 @@ from univid.ops import reference, temporal_attn
 
 OP = "temporal_attn"
 
-torch._functorch.config.donated_buffer = False  # a compiled backward is timed on one forward, again and again
+functorch_config.donated_buffer = False  # a compiled backward is timed on one forward, again and again
 
 
 def problem(name: str, batch: int) -> Problem:
