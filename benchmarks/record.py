@@ -8,11 +8,6 @@ import subprocess
 from functools import cache
 from pathlib import Path
 
-import torch
-import triton
-
-from benchmarks.timing import eager_ms
-
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 
@@ -30,6 +25,11 @@ FILES = {
 def environment() -> dict:
     """The card, the versions, and the limits as measured now: TFLOP/s of an 8192³ bfloat16 product, GB/s of a copy
     (read + write)."""
+    import torch  # here, so that a report of results needs neither PyTorch nor a GPU
+    import triton
+
+    from benchmarks.timing import eager_ms
+
     a, b = (torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16) for _ in range(2))
     product_ms = eager_ms(lambda: a @ b, 300)
     x = torch.randn(1 << 29, device="cuda", dtype=torch.bfloat16)
@@ -51,10 +51,11 @@ def environment() -> dict:
 
 def write(operator: str, rows: list[dict]) -> Path:
     """Write an operator's rows, beside and renamed."""
-    folder = RESULTS / re.sub(r"[^a-z0-9]+", "-", torch.cuda.get_device_name().lower()).strip("-")
+    limits = environment()
+    folder = RESULTS / re.sub(r"[^a-z0-9]+", "-", limits["gpu"].lower()).strip("-")
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{operator}.json"
-    head = {"environment": environment(), "sources_sha256": sources_sha256(operator)}
+    head = {"environment": limits, "sources_sha256": sources_sha256(operator)}
     # One row a line: a diff shows what moved.
     lines = ",\n".join(json.dumps(row) for row in rows)
     partial = path.with_suffix(".partial")
