@@ -1,4 +1,4 @@
-# make demo: every operator on this machine. make test: lint and tests without a GPU. Both set up .venv themselves.
+# make demo: the operators and a small pipeline on this machine. make test: lint and tests without a GPU. Both set up .venv themselves.
 PYTHON ?= python3
 BIN := .venv/bin
 CSRC := $(shell find csrc -type f)
@@ -30,7 +30,7 @@ endif
 	$(PYTHON) -m venv .venv
 
 .venv/installed: $(SOURCES) | .venv/bin/python
-	$(BIN)/python -m pip install --disable-pip-version-check -e .
+	$(BIN)/python -m pip install --disable-pip-version-check -e ".[generate]"
 	touch $@
 
 .venv/installed-test: $(SOURCES) | .venv/bin/python

@@ -12,10 +12,19 @@ import torch
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # Triton reads it as its kernels are decorated
 
 
+@pytest.hookimpl(tryfirst=True)  # before pytest-xdist's
+def pytest_cmdline_main(config: pytest.Config) -> None:
+    """``pytest -m gpu`` runs in several processes: most of its time goes to compiling kernels, on one core each."""
+    if config.option.markexpr == "gpu" and config.pluginmanager.has_plugin("xdist") and torch.cuda.is_available():
+        if config.option.numprocesses is None and not config.option.usepdb:
+            config.option.numprocesses = min(8, (os.cpu_count() or 2) // 2)
+            config.option.dist = "loadgroup"
+
+
 def pytest_configure(config: pytest.Config) -> None:
-    torch.set_num_threads(
-        1
-    )  # the tensors are small: on a busy machine threads that wait for each other cost more than they save
+    # The tensors are small: on a busy machine threads that wait for each other cost more than they save.
+    torch.set_num_threads(1)
+    config.addinivalue_line("markers", "xdist_group(name): tests that one process runs, for they need much memory")
     config.addinivalue_line("markers", "interpreter: needs TRITON_INTERPRET=1 (test_triton_interpreter.py sets it)")
 
 

@@ -956,6 +956,7 @@ def test_unreferenced_frames(case, backend, equal, raw):
 # --- memory
 
 
+@pytest.mark.xdist_group("memory")
 @pytest.mark.gpu
 @pytest.mark.parametrize("raw", [False, True])
 @with_kernels(["pyramid"])
@@ -1006,6 +1007,7 @@ def far_memory():
     torch.cuda.empty_cache()
 
 
+@pytest.mark.xdist_group("memory")
 @pytest.mark.gpu
 @with_kernels(RANKS)
 def test_far_strides(case, backend, far_memory):
@@ -1044,6 +1046,7 @@ LARGE = {  # inputs and outputs past 2³¹ elements; the dimension that is cut, 
 }
 
 
+@pytest.mark.xdist_group("memory")
 @pytest.mark.gpu
 @with_kernels(LARGE)
 def test_past_two_to_the_31(case, backend):

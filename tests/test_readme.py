@@ -1,4 +1,4 @@
-"""What the pages say is true: their examples run as printed, the operators' table is complete, and the demo passes."""
+"""What the pages say is true: their examples run as printed, the operators' table is complete, and the doctor and the demo pass."""
 
 import os
 import re
@@ -12,12 +12,12 @@ import pytest
 import torch
 
 import univid
-from univid import demo, ops
+from univid import doctor, ops
 from univid.ops import dispatch
 from univid.ops.explain import _OPERATORS
 
 ROOT = Path(__file__).parent.parent
-PAGES = ("README.md", "docs/operators.md")
+PAGES = ("README.md", "docs/operators.md", "docs/model.md")
 EXAMPLE = re.compile(r"^```python\n(?P<code>.*?)^```\n(\n```text\n(?P<output>.*?)^```\n)?", re.DOTALL | re.MULTILINE)
 END = "\f"  # printed after every example
 
@@ -87,29 +87,31 @@ def test_package_imports_no_torch():
 
 
 @on_each_device
-def test_demo_passes(gpu):
-    result = python("-m", "univid.demo", gpu=gpu)
+def test_doctor_passes(gpu):
+    result = python("-m", "univid.doctor", gpu=gpu)
     assert result.returncode == 0, result.stdout + result.stderr
     assert re.search(r"^All 7 operators are right \(\d+ s\)\.$", result.stdout, flags=re.MULTILINE)
     assert max(map(len, result.stdout.splitlines())) <= 100
 
 
-def test_demo_finds_what_is_wrong(monkeypatch, capsys):
+def test_doctor_finds_what_is_wrong(monkeypatch, capsys):
     right = ops.temporal_attn
     monkeypatch.setattr(ops, "temporal_attn", lambda q, k, v: right(q, k, v) * 1.05)
-    cases = demo.cases(torch.device("cpu"), torch.bfloat16)
-    monkeypatch.setattr(demo, "cases", lambda *_: [case for case in cases if case.operator.startswith("temporal_attn")])
-    assert demo.main() == 1
+    cases = doctor.cases(torch.device("cpu"), torch.bfloat16)
+    monkeypatch.setattr(
+        doctor, "cases", lambda *_: [case for case in cases if case.operator.startswith("temporal_attn")]
+    )
+    assert doctor.main() == 1
     printed = capsys.readouterr().out
     assert re.search(r"^temporal_attn .* WRONG$", printed, flags=re.MULTILINE)
     assert re.search(r"^temporal_attn_qkv .* ok$", printed, flags=re.MULTILINE)
     assert "1 of 2 operators failed" in printed
 
 
-def test_demo_names_what_cannot_run(monkeypatch, capsys):
+def test_doctor_names_what_cannot_run(monkeypatch, capsys):
     monkeypatch.setenv("UNIVID_BACKEND", "cuda")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert demo.main() == 1
+    assert doctor.main() == 1
     printed = capsys.readouterr().out
     assert "pyramid_st_attn: UNIVID_BACKEND=cuda cannot run its forward: " in printed
     assert "7 of 7 operators failed" in printed

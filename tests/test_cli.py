@@ -1,0 +1,157 @@
+"""The command line, in this process."""
+
+import shutil
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from tests.test_pipeline import make
+from univid.cli import main
+from univid.data.files import read_video
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("cli") / "model"
+    make().save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture
+def picture(tmp_path):
+    Image.new("RGB", (30, 20), "red").save(tmp_path / "red.png")
+    return str(tmp_path / "red.png")
+
+
+@pytest.fixture(autouse=True)
+def backend(monkeypatch):
+    monkeypatch.setenv("UNIVID_BACKEND", "torch")
+
+
+@pytest.mark.parametrize("name", ["clip.mp4", "clip.gif", "clip"])
+def test_generate(model, picture, tmp_path, capsys, name):
+    output = tmp_path / name
+    assert main(["generate", "a cat", "--image", picture, "--model", model, "-o", str(output), "--steps", "1"]) == 0
+    assert capsys.readouterr().out.strip() == str(output)
+    if output.suffix:
+        assert read_video(output)[0].shape == (3, 16, 32, 3)
+    else:
+        assert sorted(path.name for path in output.iterdir()) == ["0000.png", "0001.png", "0002.png"]
+
+
+def test_weights(model, picture, tmp_path):
+    made = []
+    for more in ([], ["--image-weight", "0"], ["--image-weight", "1=0,2=0"], ["--image-weight", "0,0,1"]):
+        output = tmp_path / f"{len(made)}"
+        assert (
+            main(["generate", "a cat", "--image", picture, "--model", model, "-o", str(output), "--steps", "1", *more])
+            == 0
+        )
+        made.append(np.stack([np.asarray(Image.open(path)) for path in sorted(output.iterdir())]))
+    assert np.array_equal(made[1], made[2])
+    assert not np.array_equal(made[0], made[1])
+    assert not np.array_equal(made[3], made[1])
+
+
+def test_sweep(model, picture, tmp_path):
+    output = tmp_path / "sweep.mp4"
+    arguments = [
+        "--image",
+        picture,
+        "--model",
+        model,
+        "-o",
+        str(output),
+        "--steps",
+        "1",
+        "--sweep",
+        "0,0.5,1,1:1,0.2:2",
+    ]
+    assert main(["generate", "a cat", *arguments]) == 0
+    frames, _ = read_video(output)
+    assert frames.shape == (3, 2 * (16 + 20), 4 * 32, 3)
+    assert np.median(frames[:, 36 + 8 :, 32 + 8 :]) > 250  # one video in the second row
+    labels = frames[:, :18].astype(int)
+    assert labels.min() < 128 < 200 < labels.max()
+
+
+def test_info(model, capsys):
+    assert main(["info", model]) == 0
+    printed = capsys.readouterr().out
+    for part in ("unet", "image_adapter", "vae", "clip", "M parameters in", "F32", "max_frames", "guidance_scale"):
+        assert part in printed
+
+
+def test_doctor(capsys):
+    assert main(["doctor"]) == 0
+    printed = capsys.readouterr().out
+    assert "All 7 operators are right" in printed
+    assert "GPU: " in printed
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error"),
+    [
+        ([], "PROMPT, --image: got neither"),
+        (["x", "-o", "clip.avi"], "ends in '.avi'"),
+        (["x", "-o", "nowhere/clip.mp4"], "nowhere does not exist"),
+        (["x", "--num-frames", "99"], "num_frames: got 99; at most 24"),
+        (["x", "--height", "17"], "of which the nearest is 16x32"),
+        (["x", "--scheduler", "magic"], "scheduler: got 'magic'"),
+        (["x", "--image", "nowhere.png"], "nowhere.png does not exist"),
+        (["x", "--text-weight", "1,2"], "text_weight: got 2 weights, 3 needed"),
+        (["x", "--sweep", "0,1"], "PROMPT and --image are needed"),
+        (["x", "--image", "red.png", "--sweep", "0,b"], "got 'b'"),
+        (["x", "--model", "nowhere"], "model: got 'nowhere'"),
+    ],
+)
+def test_bad_input(model, picture, tmp_path, capsys, monkeypatch, arguments, error):
+    monkeypatch.chdir(tmp_path)
+    before = sorted(tmp_path.iterdir())
+    default = [] if "--model" in arguments else ["--model", model]
+    assert main(["generate", *default, *arguments]) == 2
+    printed = capsys.readouterr().err
+    assert error in printed
+    assert len(printed.strip().splitlines()) == 1
+    assert sorted(tmp_path.iterdir()) == before
+
+
+def test_bad_weight_is_a_usage_error(capsys):
+    with pytest.raises(SystemExit) as stop:
+        main(["generate", "x", "--text-weight", "much"])
+    assert stop.value.code == 2
+    assert "got 'much'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("part", ["unet", "image_adapter", "vae", "clip"])
+def test_truncated_weights(model, tmp_path, capsys, part):
+    shutil.copytree(model, tmp_path / "model")
+    path = next((tmp_path / "model" / part).glob("*.safetensors"))
+    path.write_bytes(path.read_bytes()[:-100])
+    assert main(["generate", "x", "--model", str(tmp_path / "model"), "-o", str(tmp_path / "x.mp4")]) == 2
+    error = capsys.readouterr().err
+    assert f"{part}/{path.name} is not a whole safetensors file" in error
+    assert len(error.strip().splitlines()) == 1
+    assert not (tmp_path / "x.mp4").exists()
+
+
+def test_interrupted(model, tmp_path, capsys, monkeypatch):
+    def interrupt(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("univid.model.UNet.forward", interrupt)
+    assert main(["generate", "x", "--model", model, "-o", str(tmp_path / "x.mp4")]) == 130
+    assert "nothing was written" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("command", [[], ["generate"], ["doctor"], ["bench"], ["info"]])
+def test_help(command, capsys):
+    with pytest.raises(SystemExit) as stop:
+        main([*command, "--help"])
+    assert stop.value.code == 0
+    printed = capsys.readouterr().out
+    assert "usage: univid" in printed
+    if command in ([], ["generate"]):
+        assert "examples:" in printed

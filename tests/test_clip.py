@@ -1,0 +1,91 @@
+"""Conditioning: the tokens of a small CLIP with random weights, saved and loaded."""
+
+import gzip
+import json
+
+import pytest
+import torch
+from open_clip import tokenizer
+
+from univid.data.clip import VOCABULARY, Clip, build_clip, load_clip
+
+CONFIG = {
+    "embed_dim": 32,
+    "vision_cfg": {"image_size": 28, "layers": 2, "width": 64, "head_width": 32, "patch_size": 14},
+    "text_cfg": {"context_length": 77, "vocab_size": 49408, "width": 48, "heads": 2, "layers": 3},
+}
+
+
+@pytest.fixture(scope="module")
+def clip() -> Clip:
+    torch.manual_seed(0)
+    return build_clip(CONFIG)
+
+
+def test_text_is_all_blocks_but_the_last_then_the_final_norm(clip):
+    tokens = clip.tokenizer(["a cat", "a dog on a hill"])
+    x = clip.model.token_embedding(tokens) + clip.model.positional_embedding
+    for block in clip.model.transformer.resblocks[:-1]:
+        x = block(x, attn_mask=clip.model.attn_mask)
+    expected = clip.model.ln_final(x)
+    assert expected.shape == (2, 77, 48)
+    torch.testing.assert_close(clip.text(["a cat", "a dog on a hill"]), expected)
+
+
+def test_image_keeps_the_class_token(clip):
+    pixels = torch.rand(2, 3, 28, 28)
+    x = clip.image(pixels)
+    assert x.shape == (2, 1 + 4, 64)
+    visual = clip.model.visual
+    mean, std = (torch.tensor(v)[:, None, None] for v in (visual.image_mean, visual.image_std))
+    pooled, tokens = visual.eval()._pool(visual.ln_post(visual.transformer(visual._embeds((pixels - mean) / std))))
+    torch.testing.assert_close(x, torch.cat((pooled[:, None], tokens), 1))
+
+
+def test_images_of_any_size_are_not_cropped(clip):
+    pixels = torch.zeros(1, 3, 40, 80)
+    marked = pixels.clone()
+    marked[..., :4, :4] = 1  # a corner that a centre crop would lose
+    assert not torch.allclose(clip.image(pixels), clip.image(marked))
+
+
+def test_save_and_load(clip, tmp_path):
+    clip.save(tmp_path / "clip")
+    again = load_clip(tmp_path / "clip")
+    assert torch.equal(again.text(["a cat"]), clip.text(["a cat"]))
+    named = load_clip(tmp_path / "clip", torch.bfloat16)
+    assert named.text(["a cat"]).dtype == torch.bfloat16
+
+
+def test_own_vocabulary(tmp_path):
+    with gzip.open(tokenizer.default_bpe(), "rt") as file:
+        merges = file.read().split("\n")[:200]
+    with gzip.open(tmp_path / VOCABULARY, "wt") as file:
+        file.write("\n".join(merges))
+    config = CONFIG | {"text_cfg": CONFIG["text_cfg"] | {"vocab_size": 512 + 199 + 2}}
+    clip = build_clip(config, tmp_path / VOCABULARY)
+    clip.save(tmp_path / "clip")
+    again = load_clip(tmp_path / "clip")
+    assert again.tokenizer.vocab_size == clip.tokenizer.vocab_size == 512 + 199 + 2
+    assert torch.equal(again.text(["a red circle"]), clip.text(["a red circle"]))
+
+
+def test_long_prompts_are_cut_with_a_warning(clip):
+    with pytest.warns(UserWarning, match="100 tokens, 75 fit; this was cut: 'dog"):
+        cut = clip.text(["cat " * 75 + "dog " * 25])
+    assert torch.equal(cut, clip.text(["cat " * 75]))
+
+
+def test_errors(clip, tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"has no open_clip_config\.json"):
+        load_clip(tmp_path)
+    clip.save(tmp_path / "clip")
+    with pytest.raises(ValueError, match="'ViT-Z' is not a configuration of open_clip"):
+        load_clip(f"ViT-Z:{tmp_path / 'clip'}")
+    with pytest.raises(ValueError, match=r"does not fit its configuration.*'visual\.transformer\.resblocks\.2"):
+        deeper = CONFIG | {"vision_cfg": CONFIG["vision_cfg"] | {"layers": 3}}
+        (tmp_path / "clip" / "open_clip_config.json").write_text(json.dumps({"model_cfg": deeper}))
+        load_clip(tmp_path / "clip")
+    (tmp_path / "clip" / "open_clip_model.safetensors").unlink()
+    with pytest.raises(FileNotFoundError, match="no weights as safetensors"):
+        load_clip(tmp_path / "clip")

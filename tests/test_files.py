@@ -1,0 +1,122 @@
+"""Pictures and videos, written and read back."""
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from univid.data.files import check_writable, read_image, read_video, write_frames
+
+
+@pytest.fixture
+def frames():
+    """(16, 96, 128, 3): smooth waves that move."""
+    t, y, x = np.mgrid[:16, :96, :128]
+    waves = (128 + 100 * np.sin((x + 5 * t) / 20), 128 + 100 * np.cos(y / 15 + t / 5), 40 + 7.0 * t)
+    return np.stack(waves, -1).astype(np.uint8)
+
+
+def psnr(a, b):
+    return 10 * np.log10(255**2 / np.mean((a.astype(float) - b) ** 2))
+
+
+def test_mp4(tmp_path, frames):
+    path = write_frames(frames, tmp_path / "clip.mp4", fps=12)
+    read, fps = read_video(path)
+    assert (read.shape, fps) == (frames.shape, 12)
+    assert psnr(read, frames) > 36
+    assert [p.name for p in tmp_path.iterdir()] == ["clip.mp4"]
+
+
+@pytest.mark.parametrize("colour", [(255, 0, 0), (0, 255, 0), (0, 0, 255), (255, 255, 255), (0, 0, 0), (30, 200, 120)])
+def test_mp4_keeps_colours(tmp_path, colour):
+    frames = np.full((3, 64, 64, 3), colour, np.uint8)
+    read, _ = read_video(write_frames(frames, tmp_path / "colour.mp4"))
+    assert np.abs(read.astype(int) - frames).max() <= 4  # another matrix (BT.601) would be tens away
+
+
+@pytest.mark.parametrize("fps", [7.5, 24000 / 1001])
+def test_mp4_takes_fractions_of_fps(tmp_path, frames, fps):
+    assert read_video(write_frames(frames, tmp_path / "clip.mp4", fps))[1] == pytest.approx(fps, rel=1e-4)
+
+
+def test_gif(tmp_path, frames):
+    read, fps = read_video(write_frames(frames, tmp_path / "clip.gif", fps=10))
+    assert (read.shape, fps) == (frames.shape, 10)
+    assert psnr(read, frames) > 22  # 256 colours
+
+
+def test_folder_of_png(tmp_path, frames):
+    for _ in range(2):  # written anew in place of the old one
+        path = write_frames(frames, tmp_path / "frames")
+    files = sorted(path.iterdir())
+    assert [file.name for file in files[:2]] == ["0000.png", "0001.png"]
+    assert np.array_equal(np.stack([read_image(file) for file in files]), frames)
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_one_png(tmp_path, frames):
+    path = write_frames(frames[:1], tmp_path / "frame.png")
+    assert np.array_equal(read_image(path), frames[0])
+
+
+def test_image_with_transparency_and_orientation(tmp_path):
+    rgba = np.zeros((4, 6, 4), np.uint8)  # black, transparent
+    Image.fromarray(rgba).save(tmp_path / "clear.png")
+    assert (read_image(tmp_path / "clear.png") == 255).all()
+    exif = Image.Exif()
+    exif[0x0112] = 6  # turned by a quarter
+    Image.new("RGB", (6, 4), "red").save(tmp_path / "turned.jpg", exif=exif)
+    assert read_image(tmp_path / "turned.jpg").shape == (6, 4, 3)
+
+
+@pytest.mark.parametrize(
+    ("name", "num_frames", "error"),
+    [
+        ("clip.avi", 2, "ends in '.avi'"),
+        ("frame.png", 2, "holds one picture, got 2 frames"),
+        ("nowhere/clip.mp4", 2, "nowhere does not exist"),
+        ("notes", 2, "holds other things"),
+        ("plain", 2, "is a file; a folder's name needed"),
+    ],
+)
+def test_unwritable(tmp_path, name, num_frames, error):
+    (tmp_path / "notes").mkdir()
+    (tmp_path / "notes" / "text.txt").write_text("keep me")
+    (tmp_path / "plain").write_text("keep me")
+    with pytest.raises((ValueError, OSError), match=error):
+        check_writable(tmp_path / name, num_frames)
+
+
+def test_bad_frames_write_nothing(tmp_path, frames):
+    for bad, error in [
+        (frames[:, 1:], "even height and width, got 95x128"),
+        (frames[0], "uint8"),
+        (frames / 255, "float64"),
+    ]:
+        with pytest.raises(ValueError, match=error):
+            write_frames(bad, tmp_path / "clip.mp4")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_failure_leaves_the_old_file(tmp_path, frames, monkeypatch):
+    path = write_frames(frames, tmp_path / "clip.mp4")
+    before = path.read_bytes()
+
+    def write_half(frames, partial, fps):
+        partial.write_bytes(before[:100])
+        raise OSError("no space left")
+
+    monkeypatch.setattr("univid.data.files._write_mp4", write_half)
+    with pytest.raises(OSError, match="no space left"):
+        write_frames(frames, path)
+    assert path.read_bytes() == before
+    assert list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.parametrize("read", [read_image, read_video])
+def test_unreadable(tmp_path, read):
+    (tmp_path / "text").write_text("no picture")
+    with pytest.raises(ValueError, match=r"text is not a (picture|video) that can be read"):
+        read(tmp_path / "text")
+    with pytest.raises((ValueError, FileNotFoundError), match="missing"):
+        read(tmp_path / "missing")

@@ -1,0 +1,251 @@
+"""The generator, end to end on the CPU with small random parts."""
+
+import dataclasses
+import itertools
+import warnings
+
+import numpy as np
+import pytest
+import torch
+from diffusers import AutoencoderKL, DDIMScheduler
+from PIL import Image
+
+from univid.data.autoencoder import Autoencoder
+from univid.data.clip import build_clip
+from univid.data.files import read_video
+from univid.guidance import guide, passes
+from univid.model import ImageAdapter, UNet, UNetConfig
+from univid.pipeline import Settings, UniVidPipeline
+
+CLIP = {
+    "embed_dim": 16,
+    "vision_cfg": {"image_size": 28, "layers": 2, "width": 40, "head_width": 20, "patch_size": 14},
+    "text_cfg": {"context_length": 77, "vocab_size": 49408, "width": 24, "heads": 2, "layers": 2},
+}
+SCHEDULE = {
+    "beta_schedule": "scaled_linear",
+    "beta_start": 0.00085,
+    "beta_end": 0.012,
+    "prediction_type": "v_prediction",
+    "clip_sample": False,
+    "rescale_betas_zero_snr": True,
+    "timestep_spacing": "trailing",
+}
+SETTINGS = Settings(num_frames=3, height=16, width=32, fps=4, steps=2, guidance_scale=3.0, image_guidance_scale=2.0)
+RED = np.full((20, 30, 3), (255, 0, 0), np.uint8)
+
+
+def make(seed: int = 0) -> UniVidPipeline:
+    torch.manual_seed(seed)
+    config = UNetConfig.load("tiny")
+    unet = UNet(dataclasses.replace(config, backend="torch"))
+    for parameter in unet.parameters():  # the temporal modules too: nothing stays the identity
+        if not parameter.any():
+            torch.nn.init.normal_(parameter, std=0.02)
+    vae = AutoencoderKL(
+        block_out_channels=(8, 8),
+        down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2,
+        latent_channels=4,
+        norm_num_groups=4,
+        layers_per_block=1,
+        sample_size=16,
+        scaling_factor=0.18215,
+    )
+    schedule = dict(DDIMScheduler(**SCHEDULE).config)
+    return UniVidPipeline(
+        unet,
+        ImageAdapter(40, config.context_dim),
+        Autoencoder(vae),
+        build_clip(CLIP),
+        {key: value for key, value in schedule.items() if not key.startswith("_")},
+        SETTINGS,
+    )
+
+
+@pytest.fixture(scope="module")
+def pipe() -> UniVidPipeline:
+    return make()
+
+
+def frames(pipe, *args, **kwargs):
+    return pipe(*args, progress=False, **kwargs).frames
+
+
+@pytest.mark.parametrize(
+    "given", [{"prompt": "a cat"}, {"image": RED}, {"prompt": "a cat", "image": RED}], ids="+".join
+)
+def test_text_image_or_both(pipe, given):
+    videos = pipe(**given, progress=False)
+    assert videos.frames.shape == (1, 3, 16, 32, 3)
+    assert videos.frames.dtype == np.uint8
+    assert videos.fps == 4
+    assert np.array_equal(videos.frames, frames(pipe, **given))
+    assert videos.frames.std() > 0
+
+
+def test_conditions_matter(pipe):
+    both = frames(pipe, "a cat", RED)
+    assert not np.array_equal(both, frames(pipe, "a dog", RED))
+    assert not np.array_equal(both, frames(pipe, "a cat", 255 - RED))
+    assert not np.array_equal(both, frames(pipe, "a cat", RED, negative_prompt="blurry"))
+    assert not np.array_equal(both, frames(pipe, "a cat", RED, fps=24))
+
+
+def count_passes(pipe, monkeypatch, *args, **kwargs):
+    sizes = []
+    forward = pipe.unet.forward
+
+    def counted(x, *rest, **options):
+        sizes.append(len(x))
+        return forward(x, *rest, **options)
+
+    monkeypatch.setattr(pipe.unet, "forward", counted)
+    result = frames(pipe, *args, **kwargs)
+    monkeypatch.undo()
+    return result, sizes
+
+
+@pytest.mark.parametrize("zero", [0, {1: 0, 2: 0.0}], ids=["number", "levels"])
+def test_weight_0_is_absence(pipe, monkeypatch, zero):
+    for alone, weight in [({"prompt": "a cat"}, "image_weight"), ({"image": RED}, "text_weight")]:
+        expected, sizes = count_passes(pipe, monkeypatch, **alone)
+        assert sizes == [2, 2]
+        both = {"prompt": "a cat", "image": RED, weight: zero}
+        got, sizes = count_passes(pipe, monkeypatch, **both)
+        assert sizes == [2, 2]
+        assert np.array_equal(got, expected)
+    _, sizes = count_passes(pipe, monkeypatch, "a cat", RED)
+    assert sizes == [3, 3]
+
+
+def test_weights_by_frame_and_level(pipe):
+    plain = frames(pipe, "a cat", RED, image_weight=0.5)
+    assert np.array_equal(plain, frames(pipe, "a cat", RED, image_weight={1: 0.5, 2: 0.5}))
+    each = frames(pipe, "a cat", RED, image_weight=[0.5, 0.5, 0.5])
+    assert np.abs(each.astype(int) - plain).max() <= 1
+    assert not np.array_equal(plain, frames(pipe, "a cat", RED, image_weight=[0.5, 0.5, 2.0]))
+    assert not np.array_equal(plain, frames(pipe, "a cat", RED, image_weight={1: 0.5}))
+
+
+def test_guidance_is_the_formula(pipe):
+    """A step with all passes at once, against the formula on one U-Net evaluation each."""
+    steps = []
+    pipe("a cat", RED, negative_prompt="bad", steps=1, progress=False, callback=lambda *s: steps.append(s))
+    text = pipe.clip.text(["a cat", "bad"])
+    image = pipe.adapter(pipe.clip.image(torch.from_numpy(RED).permute(2, 0, 1)[None] / 255))
+    scheduler = DDIMScheduler.from_config(pipe.scheduler)
+    scheduler.set_timesteps(1)
+    x = torch.randn(1, 3, 4, 8, 16, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        e = lambda text, weight: pipe.unet(  # noqa: E731
+            x, scheduler.timesteps, text, image, image_weight=weight, fps=4
+        )
+        none, shown, both = e(text[1:], 0), e(text[1:], 1.0), e(text[:1], 1.0)
+        guided = none + 2.0 * (shown - none) + 3.0 * (both - shown)
+        expected = scheduler.step(guided, scheduler.timesteps[0], x).prev_sample
+    step, total, latents = steps[0]
+    assert (step, total) == (1, 1)
+    torch.testing.assert_close(latents, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_rescale_keeps_the_conditional_deviation():
+    plan = passes(True, True, 7.5, 3.0)
+    predictions = [torch.randn(2, 3, 4, 8, 8) for _ in plan]
+    deviation = guide(predictions, plan, 1.0).std((1, 2, 3, 4))
+    torch.testing.assert_close(deviation, predictions[-1].std((1, 2, 3, 4)))
+    half = guide(predictions, plan, 0.5)
+    torch.testing.assert_close(half, (guide(predictions, plan) + guide(predictions, plan, 1.0)) / 2)
+
+
+def test_scale_1_needs_no_guidance(pipe, monkeypatch):
+    _, sizes = count_passes(pipe, monkeypatch, "a cat", guidance_scale=1.0)
+    assert sizes == [1, 1]
+
+
+def test_low_memory_agrees(pipe):
+    slow = make().enable_low_memory()
+    a, b = (frames(p, "a cat", RED).astype(int) for p in (pipe, slow))
+    assert np.abs(a - b).max() <= 1
+    assert all(parameter.device.type == "cpu" for parameter in slow.unet.parameters())
+
+
+def test_same_seed_same_video_whatever_the_batch(pipe):
+    pair = frames(pipe, "a cat", seed=5, num_videos=2)
+    for i in range(2):
+        alone = frames(pipe, "a cat", seed=5 + i)[0]
+        assert np.abs(pair[i].astype(int) - alone).max() <= 1
+    assert not np.array_equal(pair[0], pair[1])
+    drawn = [frames(pipe, "a cat", generator=torch.Generator().manual_seed(5)) for _ in range(2)]
+    assert np.array_equal(*drawn)
+    assert np.array_equal(drawn[0][0], frames(pipe, "a cat", seed=5)[0])
+
+
+def test_lists(pipe):
+    videos = frames(pipe, ["a cat", "a dog"], [RED, 255 - RED], num_videos=2)
+    assert len(videos) == 4
+    alone = frames(pipe, "a dog", 255 - RED, seed=2)[0]
+    assert np.abs(videos[2].astype(int) - alone).max() <= 1
+
+
+@pytest.mark.parametrize("scheduler", ["ddim", "dpm++", "euler"])
+def test_schedulers(pipe, scheduler):
+    assert frames(pipe, "a cat", scheduler=scheduler, steps=4).std() > 0
+
+
+def test_a_picture(pipe, tmp_path):
+    picture = pipe("a cat", num_frames=1, progress=False)
+    assert picture.frames.shape == (1, 1, 16, 32, 3)
+    picture.save(tmp_path / "cat.png")
+    assert np.array_equal(np.asarray(Image.open(tmp_path / "cat.png")), picture.frames[0, 0])
+
+
+def test_save(pipe, tmp_path):
+    videos = pipe("a cat", num_videos=2, progress=False)
+    assert [path.name for path in videos.save(tmp_path / "cat.mp4")] == ["cat-0.mp4", "cat-1.mp4"]
+    read, fps = read_video(tmp_path / "cat-1.mp4")
+    assert (read.shape, fps) == ((3, 16, 32, 3), 4)
+
+
+def test_save_and_load(pipe, tmp_path):
+    pipe.save_pretrained(tmp_path / "model")
+    assert {p.name for p in (tmp_path / "model").iterdir()} == {
+        *("unet", "image_adapter", "vae", "clip", "scheduler", "generation.json")
+    }
+    assert not [p for p in (tmp_path / "model").rglob("*") if p.suffix in (".bin", ".pt", ".pkl")]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        again = UniVidPipeline.from_pretrained(tmp_path / "model")
+    assert again.settings == pipe.settings
+    assert np.array_equal(frames(again, "a cat", RED), frames(pipe, "a cat", RED))
+    for part, name in itertools.product(("unet", "vae", "clip"), ("config.json", "open_clip_config.json")):
+        (tmp_path / "model" / part / name).unlink(missing_ok=True)
+    with pytest.raises(FileNotFoundError, match=r"unet/config\.json"):
+        UniVidPipeline.from_pretrained(tmp_path / "model")
+
+
+@pytest.mark.parametrize(
+    ("given", "error"),
+    [
+        ({}, "both are absent"),
+        ({"prompt": "a cat", "text_weight": 0}, "both are absent"),
+        ({"prompt": 3}, "prompt: got 3"),
+        ({"prompt": []}, "prompt: got"),
+        ({"prompt": "x", "num_frames": 0}, "num_frames: got 0"),
+        ({"prompt": "x", "num_frames": 25}, "num_frames: got 25; at most 24 needed"),
+        ({"prompt": "x", "height": 18}, "got 18x32; multiples of 4 needed, of which the nearest is 16x32"),
+        ({"prompt": "x", "scheduler": "magic"}, "scheduler: got 'magic'; one of ddim"),
+        ({"prompt": "x", "steps": 0}, "steps: got 0"),
+        ({"prompt": "x", "fps": 0}, "fps: got 0"),
+        ({"prompt": "x", "num_videos": 0}, "num_videos: got 0"),
+        ({"prompt": "x", "guidance_rescale": 2}, "guidance_rescale: got 2"),
+        ({"prompt": "x", "text_weight": [1, 2]}, "text_weight: got 2 weights, 3 needed"),
+        ({"prompt": "x", "text_weight": {3: 1}}, "text_weight: got weights of level 3"),
+        ({"prompt": ["x", "y"], "image": [RED] * 3}, "image: got 3 images for 2 prompts"),
+        ({"image": RED.astype(float)}, "image: got float64"),
+        ({"image": "nowhere.png"}, "image: nowhere.png does not exist"),
+    ],
+)
+def test_bad_input(pipe, given, error):
+    with pytest.raises((ValueError, TypeError, FileNotFoundError), match=error):
+        frames(pipe, **given)

@@ -1,0 +1,185 @@
+"""``univid``: generate videos, and see what this machine can do."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import warnings
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+MODELS = Path(__file__).parent / "models"  # what ships in the package
+
+_EXAMPLES = """\
+examples:
+  univid generate "a red circle moves to the right" -o circle.mp4
+  univid generate --image start.png --model path/to/univid -o clip.gif
+  univid generate "a cat in the snow" --image cat.png --text-weight 0.5 --sweep 0,0.5,1 -o sweep.mp4
+  univid doctor
+  univid info path/to/univid
+"""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a command; 0 if it did what it says, 2 for bad input, 130 if it was interrupted."""
+    options = _parser().parse_args(arguments)
+    warnings.showwarning = lambda message, *_, **__: print(f"univid: warning: {message}", file=sys.stderr)
+    try:
+        return options.command(options)
+    except KeyboardInterrupt:
+        print("univid: stopped; nothing was written", file=sys.stderr)
+        return 130
+    except (ValueError, TypeError, OSError) as error:
+        print(f"univid: {error}", file=sys.stderr)
+        return 2
+    except ImportError as error:
+        print(f"univid: {error}; `pip install 'univid[generate]'` brings what generating needs", file=sys.stderr)
+        return 2
+
+
+def generate(options: argparse.Namespace) -> int:
+    import torch
+
+    from univid.data.files import check_writable
+    from univid.pipeline import UniVidPipeline
+
+    grid = _sweep(options)
+    if not options.prompt and not options.image:
+        raise ValueError("PROMPT, --image: got neither; at least one is needed")
+    output = check_writable(options.output, options.num_frames or 2)  # before the model is loaded, let alone sampled
+    device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    dtype = torch.float32 if device == "cpu" else torch.bfloat16
+    pipe = UniVidPipeline.from_pretrained(_model(options.model), torch_dtype=dtype)
+    pipe = (pipe.enable_low_memory() if options.low_memory else pipe).to(device)
+    settings = {
+        name: getattr(options, name)
+        for name in (
+            *("prompt", "image", "negative_prompt", "num_frames", "height", "width", "fps", "steps", "scheduler"),
+            *("guidance_scale", "image_guidance_scale", "guidance_rescale", "seed", "num_videos"),
+        )
+    }
+    if grid:
+        from univid.sweep import sweep
+
+        written = [sweep(pipe, grid, settings, output)]
+    else:
+        weights = {"text_weight": options.text_weight, "image_weight": options.image_weight}
+        written = pipe(**settings, **weights).save(output)
+    for path in written:
+        print(path)
+    return 0
+
+
+def doctor(options: argparse.Namespace) -> int:
+    from univid.doctor import main
+
+    return main()
+
+
+def info(options: argparse.Namespace) -> int:
+    from univid.checkpoint import describe
+
+    print(describe(_model(options.checkpoint)))
+    return 0
+
+
+def bench(options: argparse.Namespace) -> int:
+    root = Path(__file__).parent.parent / "benchmarks"
+    if not root.is_dir():
+        raise FileNotFoundError(
+            "bench: the benchmarks are part of the repository, not of the package; run it in a clone"
+        )
+    import pytest
+
+    return int(pytest.main([str(root), "--quick"]))
+
+
+def _model(name: str) -> Path:
+    """A checkpoint's folder: one that ships, or a path."""
+    shipped = sorted(path.name for path in MODELS.glob("*/")) if MODELS.is_dir() else []
+    if name in shipped:
+        return MODELS / name
+    if Path(name).is_dir():
+        return Path(name)
+    known = f" or one of {', '.join(shipped)}" if shipped else ""
+    raise FileNotFoundError(f"model: got {name!r}; a checkpoint's folder{known} needed")
+
+
+def _sweep(options: argparse.Namespace) -> list[tuple[float, float]]:
+    """Pairs of text and image weight: --sweep 0,0.5,1 goes from the image alone to the text alone."""
+    if options.sweep is None:
+        return []
+    if not (options.prompt and options.image):
+        raise ValueError("--sweep: goes from a text to an image; PROMPT and --image are needed")
+    pairs = []
+    for entry in options.sweep.split(","):
+        parts = entry.split(":")
+        try:
+            text, image = map(float, parts if len(parts) == 2 else (entry, 1 - float(entry)))
+        except ValueError:
+            raise ValueError(f"--sweep: got {entry!r}; numbers, or text:image pairs such as 0.5:1, needed") from None
+        pairs.append((text, image))
+    return pairs
+
+
+def _weight(text: str) -> float | list[float] | dict[int, float]:
+    """``0.5``; ``0,0.5,1``, one for every frame; ``1=0.5,8=2``, by level."""
+    try:
+        if "=" in text:
+            return {int(level): float(weight) for level, weight in (entry.split("=") for entry in text.split(","))}
+        return [float(weight) for weight in text.split(",")] if "," in text else float(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(
+            f"got {text!r}; a number, one for every frame (0,0.5,1), or by level (1=0.5,8=2) needed"
+        ) from None
+
+
+def _parser() -> argparse.ArgumentParser:
+    form: dict[str, Any] = {"formatter_class": argparse.RawDescriptionHelpFormatter}
+    parser = argparse.ArgumentParser(prog="univid", description=__doc__, epilog=_EXAMPLES, **form)
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    def command(function: Callable[[argparse.Namespace], int], help: str, **more) -> argparse.ArgumentParser:
+        added = commands.add_parser(function.__name__, help=help, description=help, **more)
+        added.set_defaults(command=function)
+        return added
+
+    make = command(generate, "Make a video from a text, a picture, or both.", epilog=_EXAMPLES, **form)
+    make.add_argument("prompt", nargs="?", metavar="PROMPT", help="what the video shows")
+    make.add_argument("--image", metavar="FILE", help="a picture of what the video shows")
+    make.add_argument("--model", default="shapes", help="a checkpoint's folder, or one that ships (default: shapes)")
+    make.add_argument(
+        "-o", "--output", default="video.mp4", help=".mp4, .gif, .png, or a folder for png files (default: video.mp4)"
+    )
+    make.add_argument("--negative-prompt", default="", metavar="TEXT", help="what it should not show")
+    make.add_argument("--num-frames", type=int, metavar="T")
+    make.add_argument("--height", type=int, metavar="PIXELS")
+    make.add_argument("--width", type=int, metavar="PIXELS")
+    make.add_argument("--fps", type=float)
+    make.add_argument("--steps", type=int, help="sampling steps")
+    make.add_argument("--scheduler", help="ddim, dpm++ or euler")
+    make.add_argument("--guidance-scale", type=float, metavar="S", help="of the text")
+    make.add_argument("--image-guidance-scale", type=float, metavar="S")
+    make.add_argument("--guidance-rescale", type=float, metavar="PHI", help="0 to 1")
+    make.add_argument(
+        "--text-weight", type=_weight, default=1.0, metavar="W", help="a number; 0,0.5,1 by frame; 1=0.5,8=2 by level"
+    )
+    make.add_argument("--image-weight", type=_weight, default=1.0, metavar="W", help="the same of the picture")
+    make.add_argument(
+        "--sweep", metavar="W,W,…", help="a labelled grid over text weights (image weight 1 - W), or text:image pairs"
+    )
+    make.add_argument("--seed", type=int, default=0)
+    make.add_argument("--num-videos", type=int, default=1, metavar="V")
+    make.add_argument("--device", help="cuda or cpu (default: the GPU, if there is one)")
+    make.add_argument("--low-memory", action="store_true", help="slower, in about half the GPU memory")
+
+    command(doctor, "GPU, driver, versions, and which backend runs each operator, and why.")
+    command(bench, "Time the operators on this GPU (the quick set).")
+    show = command(info, "What a checkpoint holds.")
+    show.add_argument("checkpoint", metavar="CHECKPOINT", help="its folder, or the name of one that ships")
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())

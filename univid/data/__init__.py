@@ -1,0 +1,1 @@
+"""Clips, conditioning, the autoencoder and video files."""

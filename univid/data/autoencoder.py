@@ -1,0 +1,81 @@
+"""Stable Diffusion's autoencoder (diffusers' AutoencoderKL): frames to latents and back, some frames at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import AutoencoderKL
+from torch import Tensor, nn
+
+from univid.data.tensors import check_safetensors
+
+
+class Autoencoder(nn.Module):
+    """Latents as the U-Net sees them: scaled to about unit variance.
+
+    Args:
+        vae: diffusers' autoencoder; its config has the scaling factor (0.18215 for Stable Diffusion 2.1).
+        chunk: frames that are encoded or decoded together; what bounds the memory.
+    """
+
+    vae: Any  # diffusers leaves its types open
+
+    def __init__(self, vae: AutoencoderKL, chunk: int = 4):
+        super().__init__()
+        self.vae = vae
+        self.vae.eval().requires_grad_(False).to(memory_format=torch.channels_last)
+        self.chunk = chunk
+
+    @property
+    def factor(self) -> int:
+        """Pixels along the side of a latent: 8 for Stable Diffusion."""
+        return 2 ** (len(self.vae.config.block_out_channels) - 1)
+
+    @torch.no_grad()
+    def encode(self, frames: Tensor, generator: torch.Generator | None = None) -> Tensor:
+        """``(B, T, 3, H, W)`` in [-1, 1] to ``(B, T, 4, H/8, W/8)``: the mean, or with a generator a sample."""
+
+        def encode(x: Tensor) -> Tensor:
+            posterior = self.vae.encode(x).latent_dist
+            return posterior.mode() if generator is None else posterior.sample(generator)
+
+        return self._in_chunks(encode, frames) * self.vae.config.scaling_factor
+
+    @torch.no_grad()
+    def decode(self, latents: Tensor) -> Tensor:
+        """``(B, T, 4, h, w)`` to uint8 frames ``(B, T, 8h, 8w, 3)``, on the CPU."""
+
+        def decode(x: Tensor) -> Tensor:
+            pixels = self.vae.decode(x / self.vae.config.scaling_factor, return_dict=False)[0]
+            # Rounded where it was computed: a quarter of float32's bytes go over the bus.
+            return pixels.float().add(1).mul(127.5).round().clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1).cpu()
+
+        return self._in_chunks(decode, latents)
+
+    def _in_chunks(self, function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+        """``function`` on ``(M, C, h, w)`` for all frames of ``(B, T, C, h, w)``."""
+        weight = next(self.vae.parameters())
+        parts = [
+            function(part.to(weight.device, weight.dtype).contiguous(memory_format=torch.channels_last))
+            for part in x.flatten(0, 1).split(self.chunk)
+        ]
+        return torch.cat(parts).unflatten(0, x.shape[:2])
+
+    def save(self, folder: Path) -> None:
+        """The folder that :func:`load_autoencoder` reads, in diffusers' layout."""
+        self.vae.save_pretrained(folder, safe_serialization=True)
+
+
+def load_autoencoder(folder: str | Path, dtype: torch.dtype = torch.float32) -> Autoencoder:
+    """From diffusers' folder: ``config.json`` and weights as safetensors."""
+    folder = Path(folder)
+    if not (folder / "config.json").is_file():
+        raise FileNotFoundError(f"vae: {folder} has no config.json, the configuration of diffusers' AutoencoderKL")
+    for path in folder.glob("*.safetensors"):
+        check_safetensors(path)
+    return Autoencoder(
+        AutoencoderKL.from_pretrained(folder, torch_dtype=dtype, use_safetensors=True, local_files_only=True)
+    )

@@ -1,0 +1,158 @@
+"""What a prompt or a picture tells the U-Net: the token sequences of a CLIP of open_clip's."""
+
+from __future__ import annotations
+
+import json
+import warnings
+from pathlib import Path
+from typing import Any
+
+import open_clip
+import torch
+import torch.nn.functional as F
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from univid.data.tensors import read_json, read_safetensors
+
+CONFIG = "open_clip_config.json"
+WEIGHTS = "open_clip_model.safetensors"
+VOCABULARY = "bpe_vocab.txt.gz"  # of a folder that has its own; open_clip's else
+
+
+class Clip(nn.Module):
+    """Both towers of a CLIP.
+
+    Text: all blocks but the last, then ``ln_final`` (as Stable Diffusion 2 reads it). Image: all blocks, then ``ln_post``, the class
+    token kept.
+
+    Args:
+        model: an open_clip model. tokenizer: its tokenizer. config: open_clip's ``model_cfg``, from which it was built.
+        vocabulary: the file of the tokenizer's merges, if it is not open_clip's.
+    """
+
+    model: Any  # open_clip's own kinds, of which PyTorch's type stubs know nothing
+
+    def __init__(self, model: nn.Module, tokenizer: Any, config: dict, vocabulary: Path | None = None):
+        super().__init__()
+        self.model = model.eval().requires_grad_(False)
+        self.tokenizer = tokenizer
+        self.config = config
+        self.vocabulary = vocabulary
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.model.parameters()).device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return next(self.model.parameters()).dtype
+
+    @property
+    def context_length(self) -> int:
+        """Tokens of a prompt, 77 for every published CLIP."""
+        return self.config["text_cfg"].get("context_length", 77)
+
+    @torch.no_grad()
+    def text(self, prompts: list[str]) -> Tensor:
+        """``(B, 77, width)``; a prompt too long for the context is cut, with a warning that shows what was lost."""
+        for prompt in prompts:
+            self._warn_if_cut(prompt)
+        tokens = self.tokenizer(prompts).to(self.device)
+        tower = getattr(
+            self.model, "text", self.model
+        )  # CLIP holds its text tower's parts itself, CustomTextCLIP a tower
+        last = len(tower.transformer.resblocks) - 2
+        result = self.model.forward_intermediates(
+            text=tokens, text_indices=[last], normalize_intermediates=True, intermediates_only=True
+        )
+        return result["text_intermediates"][0]
+
+    @torch.no_grad()
+    def image(self, images: Tensor) -> Tensor:
+        """``(B, 257, width)`` of images ``(B, 3, h, w)`` in [0, 1], resized without a crop (bicubic)."""
+        visual = self.model.visual
+        size = visual.image_size if isinstance(visual.image_size, tuple) else (visual.image_size,) * 2
+        pixels = F.interpolate(images.float(), size, mode="bicubic", antialias=True).clamp(0, 1)
+        mean, std = (
+            torch.tensor(x, device=pixels.device)[:, None, None] for x in (visual.image_mean, visual.image_std)
+        )
+        result = visual.forward_intermediates(
+            ((pixels - mean) / std).to(self.device, self.dtype),
+            indices=1,
+            normalize_intermediates=True,
+            intermediates_only=True,
+            output_fmt="NLC",
+            output_extra_tokens=True,
+        )
+        return torch.cat((result["image_intermediates_prefix"][0], result["image_intermediates"][0]), 1)
+
+    def save(self, folder: Path) -> None:
+        """The folder that :func:`load_clip` reads."""
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / CONFIG).write_text(json.dumps({"model_cfg": self.config}, indent=1) + "\n")
+        save_file({name: x.contiguous() for name, x in self.model.state_dict().items()}, folder / WEIGHTS)
+        if self.vocabulary is not None:
+            (folder / VOCABULARY).write_bytes(self.vocabulary.read_bytes())
+
+    def _warn_if_cut(self, prompt: str) -> None:
+        tokens = self.tokenizer.encode(prompt)
+        room = self.context_length - 2  # besides start and end
+        if len(tokens) > room:
+            lost = self.tokenizer.decode(tokens[room:]).strip()
+            warnings.warn(f"prompt: {len(tokens)} tokens, {room} fit; this was cut: {lost!r}", stacklevel=4)
+
+
+def load_clip(source: str | Path, dtype: torch.dtype = torch.float32) -> Clip:
+    """A CLIP with its weights.
+
+    Args:
+        source: a folder that holds ``open_clip_config.json`` and weights as safetensors (and, if its tokenizer is its own,
+            ``bpe_vocab.txt.gz``); or the file or folder of weights of a configuration that open_clip knows, after its name and a
+            colon: ``ViT-H-14:weights/open_clip_model.safetensors``.
+
+    Raises:
+        FileNotFoundError: nothing there. ValueError: not a CLIP, or its weights do not fit the configuration.
+    """
+    name, _, path = str(source).rpartition(":")
+    folder = Path(path)
+    if name:
+        config = open_clip.get_model_config(name)
+        if config is None:
+            raise ValueError(f"clip: {name!r} is not a configuration of open_clip; open_clip.list_models() lists them")
+    else:
+        if not (folder / CONFIG).is_file():
+            raise FileNotFoundError(f"clip: {folder} has no {CONFIG}, the configuration of an open_clip model")
+        config = read_json(folder / CONFIG).get("model_cfg")
+        if config is None:
+            raise ValueError(f"clip: {folder / CONFIG} has no model_cfg, the configuration of an open_clip model")
+    weights = _weights(folder)
+    vocabulary = folder / VOCABULARY
+    clip = build_clip(config, vocabulary if vocabulary.is_file() else None)
+    missing, unexpected = clip.model.load_state_dict(read_safetensors(weights), strict=False)
+    # open_clip used to save this one; it is made anew.
+    unexpected = [key for key in unexpected if key not in ("attn_mask", "text.attn_mask")]
+    if missing or unexpected:
+        raise ValueError(f"clip: {weights} does not fit its configuration; missing {missing}, left over {unexpected}")
+    clip.model.to(dtype)
+    return clip
+
+
+def build_clip(config: dict, vocabulary: Path | None = None) -> Clip:
+    """A CLIP with random weights, from open_clip's ``model_cfg``."""
+    kind = open_clip.model.CustomTextCLIP if config.get("custom_text") else open_clip.model.CLIP
+    model = kind(**{key: value for key, value in config.items() if key != "custom_text"})
+    model.visual.image_mean = getattr(model.visual, "image_mean", None) or open_clip.OPENAI_DATASET_MEAN
+    model.visual.image_std = getattr(model.visual, "image_std", None) or open_clip.OPENAI_DATASET_STD
+    own = {"bpe_path": str(vocabulary)} if vocabulary else {}
+    length = config["text_cfg"].get("context_length", 77)
+    return Clip(model, open_clip.SimpleTokenizer(context_length=length, **own), config, vocabulary)
+
+
+def _weights(path: Path) -> Path:
+    if path.is_file() and path.suffix == ".safetensors":
+        return path
+    for name in (WEIGHTS, "open_clip_pytorch_model.safetensors", "model.safetensors"):
+        if (path / name).is_file():
+            return path / name
+    raise FileNotFoundError(f"clip: {path} has no weights as safetensors, such as {WEIGHTS}")

@@ -1,0 +1,149 @@
+"""Pictures and videos on disk: mp4 (H.264), gif, folders of png. A file is written beside its name and renamed."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from collections.abc import Callable
+from fractions import Fraction
+from pathlib import Path
+
+import av
+import numpy as np
+from av.video.reformatter import ColorPrimaries, ColorRange, Colorspace, ColorTrc
+from numpy.typing import NDArray
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+Frames = NDArray[np.uint8]  # (T, H, W, 3), RGB
+
+_SUFFIXES = (".mp4", ".gif", ".png")
+
+
+def check_writable(path: str | Path, num_frames: int = 2) -> Path:
+    """See, before hours of sampling, that :func:`write_frames` will be able to write ``path``.
+
+    Raises:
+        ValueError: a suffix that nothing writes. OSError: a folder that is missing or cannot be written, or a name that is taken by
+            something of another kind.
+    """
+    path = Path(path)
+    if path.suffix not in (*_SUFFIXES, ""):
+        raise ValueError(f"output: {path} ends in {path.suffix!r}; .mp4, .gif, or a folder's name (png files) needed")
+    if path.suffix == ".png" and num_frames > 1:
+        raise ValueError(
+            f"output: {path} holds one picture, got {num_frames} frames; .mp4, .gif or a folder's name needed"
+        )
+    if not path.parent.is_dir():
+        raise FileNotFoundError(f"output: the folder {path.parent} does not exist")
+    if path.is_dir() and (path.suffix or any(child.suffix != ".png" for child in path.iterdir())):
+        raise FileExistsError(f"output: {path} is a folder that holds other things; another name needed")
+    if path.suffix == "" and path.is_file():
+        raise FileExistsError(f"output: {path} is a file; a folder's name needed, or an ending: .mp4, .gif")
+    if not os.access(path.parent, os.W_OK) or (path.exists() and not os.access(path, os.W_OK)):
+        raise PermissionError(f"output: {path} cannot be written")
+    return path
+
+
+def write_frames(frames: Frames, path: str | Path, fps: float = 8) -> Path:
+    """Write ``(T, H, W, 3)`` uint8 as the ending of ``path`` says: .mp4, .gif, .png (one frame), or none: a folder of png files.
+
+    mp4 needs an even height and width (chroma is stored at half of each).
+    """
+    frames = np.asarray(frames)
+    if frames.dtype != np.uint8 or frames.ndim != 4 or frames.shape[3] != 3 or not frames.shape[0]:
+        raise ValueError(f"frames: got {frames.dtype} {frames.shape}; uint8 (T, H, W, 3) with T >= 1 needed")
+    path = check_writable(path, len(frames))
+    if path.suffix == ".mp4" and (frames.shape[1] % 2 or frames.shape[2] % 2):
+        raise ValueError(f"frames: mp4 needs an even height and width, got {frames.shape[1]}x{frames.shape[2]}")
+    write = {".mp4": _write_mp4, ".gif": _write_gif, ".png": _write_png, "": _write_folder}[path.suffix]
+    _beside(path, lambda partial: write(frames, partial, fps))
+    return path
+
+
+def read_video(path: str | Path) -> tuple[Frames, float]:
+    """All frames of a video file, RGB, and its frames per second."""
+    try:
+        with av.open(str(path)) as container:
+            stream = container.streams.video[0]
+            rate = float(stream.average_rate or stream.guessed_rate or 0)
+            frames = [_to_rgb(frame) for frame in container.decode(stream)]
+    except (av.error.FFmpegError, IndexError) as error:
+        raise ValueError(f"video: {path} is not a video that can be read: {error}") from None
+    return np.stack(frames), rate
+
+
+def read_image(path: str | Path) -> NDArray[np.uint8]:
+    """A picture as ``(H, W, 3)`` uint8: turned as its EXIF says, transparency over white."""
+    try:
+        with Image.open(path) as file:
+            image = ImageOps.exif_transpose(file)
+            if image.has_transparency_data:
+                rgba = image.convert("RGBA")
+                image = Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba)
+            return np.asarray(image.convert("RGB"))
+    except FileNotFoundError:
+        raise FileNotFoundError(f"image: {path} does not exist") from None
+    except (UnidentifiedImageError, OSError) as error:
+        raise ValueError(f"image: {path} is not a picture that can be read: {error}") from None
+
+
+def _write_mp4(frames: Frames, path: Path, fps: float) -> None:
+    with av.open(str(path), "w", format="mp4", options={"movflags": "+faststart"}) as container:
+        stream = container.add_stream("libx264", rate=Fraction(fps).limit_denominator(1001), options={"crf": "16"})
+        stream.height, stream.width = frames.shape[1:3]
+        stream.pix_fmt = "yuv420p"  # what every player takes
+        context = stream.codec_context
+        context.colorspace, context.color_range = Colorspace.ITU709, ColorRange.MPEG
+        context.color_primaries, context.color_trc = ColorPrimaries.BT709, ColorTrc.BT709
+        for rgb in frames:
+            frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(rgb), format="rgb24")
+            container.mux(stream.encode(_to_bt709(frame)))
+        container.mux(stream.encode(None))
+
+
+def _to_bt709(frame: av.VideoFrame) -> av.VideoFrame:
+    return frame.reformat(
+        format="yuv420p",
+        dst_colorspace=Colorspace.ITU709,
+        src_color_range=ColorRange.JPEG,
+        dst_color_range=ColorRange.MPEG,
+    )
+
+
+def _to_rgb(frame: av.VideoFrame) -> Frames:
+    # What a file leaves open is what FFmpeg and players assume of it.
+    return frame.to_ndarray(format="rgb24").astype(np.uint8, copy=False)
+
+
+def _write_gif(frames: Frames, path: Path, fps: float) -> None:
+    # One palette for all frames, so that still parts do not flicker.
+    sample = Image.fromarray(frames[:: max(1, len(frames) // 8)].reshape(-1, frames.shape[2], 3))
+    palette = sample.quantize(256, method=Image.Quantize.MEDIANCUT)
+    images = [Image.fromarray(frame).quantize(palette=palette) for frame in frames]
+    images[0].save(
+        path, "GIF", save_all=True, append_images=images[1:], duration=round(1000 / fps), loop=0, optimize=False
+    )
+
+
+def _write_png(frames: Frames, path: Path, fps: float) -> None:
+    Image.fromarray(frames[0]).save(path, "PNG")
+
+
+def _write_folder(frames: Frames, path: Path, fps: float) -> None:
+    path.mkdir()
+    digits = max(4, len(str(len(frames))))
+    for index, frame in enumerate(frames):
+        Image.fromarray(frame).save(path / f"{index:0{digits}}.png")
+
+
+def _beside(path: Path, write: Callable[[Path], None]) -> None:
+    """``write(partial)``, then its file or folder takes the place of ``path``; nothing is left of it if it fails."""
+    room = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}."))
+    try:
+        write(room / path.name)
+        if path.is_dir():
+            path.rename(room / "old")
+        (room / path.name).replace(path)
+    finally:
+        shutil.rmtree(room, ignore_errors=True)

@@ -1,0 +1,374 @@
+"""From a prompt, a picture, or both, to a video."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, EulerDiscreteScheduler
+from einops import rearrange
+from PIL import Image
+from torch import Tensor
+from tqdm import tqdm
+
+from univid.data.autoencoder import Autoencoder, load_autoencoder
+from univid.data.clip import Clip, load_clip
+from univid.data.files import Frames, read_image, write_frames
+from univid.data.tensors import read_json
+from univid.graphs import Graphed
+from univid.guidance import Pass, Weight, absent, by_level, guide, passes
+from univid.model import ImageAdapter, UNet, load_sd21
+
+SCHEDULERS = {"ddim": DDIMScheduler, "dpm++": DPMSolverMultistepScheduler, "euler": EulerDiscreteScheduler}
+SETTINGS = "generation.json"
+
+Picture = str | Path | Image.Image | np.ndarray | Tensor
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What a call takes where it does not say: what the checkpoint was trained for."""
+
+    num_frames: int = 24
+    height: int = 320
+    width: int = 576
+    fps: float = 8.0
+    steps: int = 50
+    scheduler: str = "ddim"
+    guidance_scale: float = 7.5  # of the text
+    image_guidance_scale: float = 5.0
+    guidance_rescale: float = 0.0
+
+
+@dataclass(frozen=True)
+class Videos:
+    """``frames`` uint8 ``(V, T, H, W, 3)``."""
+
+    frames: Frames
+    fps: float
+
+    def save(self, path: str | Path) -> list[Path]:
+        """Write .mp4, .gif, a folder of png, or one .png of a single frame; of several videos, each under a number: clip-0.mp4, …"""
+        path = Path(path)
+        if len(self.frames) == 1:
+            return [write_frames(self.frames[0], path, self.fps)]
+        names = [path.with_name(f"{path.stem}-{index}{path.suffix}") for index in range(len(self.frames))]
+        return [write_frames(frames, name, self.fps) for frames, name in zip(self.frames, names, strict=True)]
+
+
+class UniVidPipeline:
+    """The U-Net with all that it takes to go from words and pictures to pixels.
+
+    Args:
+        unet, adapter: UniVid's own parts. vae, clip: Stable Diffusion's autoencoder and OpenCLIP. scheduler: the noise schedule, as a
+            diffusers scheduler's config. settings: what calls default to.
+    """
+
+    def __init__(
+        self,
+        unet: UNet,
+        adapter: ImageAdapter,
+        vae: Autoencoder,
+        clip: Clip,
+        scheduler: dict[str, Any],
+        settings: Settings | None = None,
+    ):
+        self.unet, self.adapter, self.vae, self.clip = unet.eval(), adapter.eval(), vae, clip
+        self.scheduler = scheduler
+        self.settings = settings or Settings()
+        self.low_memory = (
+            False  # passes one by one, single frames to decode, and on the device only the part that works
+        )
+        self.device = torch.device("cpu")
+
+    # --- loading and saving ------------------------------------------------------------------------------------------------------
+
+    @classmethod
+    def from_pretrained(cls, path: str | Path, torch_dtype: torch.dtype = torch.float32) -> UniVidPipeline:
+        """From a folder that :meth:`save_pretrained` wrote.
+
+        Raises:
+            FileNotFoundError, ValueError: a part that is missing, or does not fit its configuration.
+        """
+        path = Path(path)
+        if not path.is_dir():
+            raise FileNotFoundError(f"path: {path} is not a folder")
+        return cls(
+            UNet.from_pretrained(path / "unet", torch_dtype=torch_dtype),
+            ImageAdapter.from_pretrained(path / "image_adapter", torch_dtype=torch_dtype),
+            load_autoencoder(path / "vae", torch_dtype),
+            load_clip(path / "clip", torch_dtype),
+            _scheduler_config(path / "scheduler"),
+            _read_settings(path / SETTINGS),
+        )
+
+    @classmethod
+    def from_sd21(
+        cls, sd_path: str | Path, clip_path: str | Path, torch_dtype: torch.dtype = torch.float32
+    ) -> UniVidPipeline:
+        """Stable Diffusion 2.1, given time: where training starts. Until then a video is its pictures, one after the other.
+
+        Args:
+            sd_path: a diffusers pipeline's folder, with unet/, vae/ and scheduler/. clip_path: what :func:`load_clip` takes.
+        """
+        sd_path = Path(sd_path)
+        unet = load_sd21(sd_path, torch_dtype=torch_dtype)
+        clip = load_clip(clip_path, torch_dtype)
+        adapter = ImageAdapter(clip.config["vision_cfg"]["width"], unet.config.context_dim, unet.config.image_tokens)
+        return cls(
+            unet,
+            adapter.to(torch_dtype),
+            load_autoencoder(sd_path / "vae", torch_dtype),
+            clip,
+            _scheduler_config(sd_path / "scheduler"),
+        )
+
+    def save_pretrained(self, path: str | Path) -> None:
+        """Every part as safetensors under ``path``: unet/, image_adapter/, vae/, clip/, scheduler/, and the settings."""
+        path = Path(path)
+        path.mkdir(parents=True, exist_ok=True)
+        self.unet.save_pretrained(path / "unet")
+        self.adapter.save_pretrained(path / "image_adapter")
+        self.vae.save(path / "vae")
+        self.clip.save(path / "clip")
+        SCHEDULERS["ddim"].from_config(self.scheduler).save_pretrained(path / "scheduler")
+        (path / SETTINGS).write_text(json.dumps(asdict(self.settings), indent=1) + "\n")
+
+    def to(self, device: torch.device | str) -> UniVidPipeline:
+        self.device = torch.device(device)
+        for part in (self.unet, self.adapter, self.vae, self.clip):
+            part.to("cpu" if self.low_memory else self.device)
+        return self
+
+    def enable_low_memory(self) -> UniVidPipeline:
+        """Keep parts on the CPU until they work, run guidance passes one by one and decode single frames."""
+        self.low_memory, self.vae.chunk = True, 1
+        return self.to(self.device)
+
+    # --- generation --------------------------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        prompt: str | Sequence[str] | None = None,
+        image: Picture | Sequence[Picture] | None = None,
+        negative_prompt: str = "",
+        num_frames: int | None = None,
+        height: int | None = None,
+        width: int | None = None,
+        fps: float | None = None,
+        steps: int | None = None,
+        scheduler: str | None = None,
+        guidance_scale: float | None = None,
+        image_guidance_scale: float | None = None,
+        guidance_rescale: float | None = None,
+        text_weight: Weight = 1.0,
+        image_weight: Weight = 1.0,
+        seed: int = 0,
+        generator: torch.Generator | None = None,
+        num_videos: int = 1,
+        callback: Callable[[int, int, Tensor], None] | None = None,
+        progress: bool = True,
+    ) -> Videos:
+        """Generate videos from text, from a picture, or from both.
+
+        Args:
+            prompt: a text, or one for each video. image: what the video shows: a file, a PIL image, uint8 ``(H, W, 3)``, or a tensor
+                ``(3, H, W)`` in [0, 1]; one for all, or one for each prompt. At least one of the two.
+            negative_prompt: what guidance leads away from.
+            num_frames, height, width, fps, steps, scheduler ("ddim", "dpm++" or "euler"), guidance_scale, image_guidance_scale,
+                guidance_rescale: the checkpoint's settings by default. One frame makes a picture.
+            text_weight, image_weight: how much each condition counts: a number, one for every frame, or either by level, as
+                ``{1: 0.5, 8: 2.0}`` (a level that is not named counts 1).
+            seed: video i is drawn from seed + i, whatever is drawn with it; or a ``generator`` (CPU) that all are drawn from.
+            num_videos: of each prompt. callback: called as ``callback(step, steps, latents)`` after every step.
+
+        Raises:
+            ValueError, TypeError, FileNotFoundError: an argument that does not fit, before anything is computed.
+        """
+        s = self._settings(
+            num_frames=num_frames,
+            height=height,
+            width=width,
+            fps=fps,
+            steps=steps,
+            scheduler=scheduler,
+            guidance_scale=guidance_scale,
+            image_guidance_scale=image_guidance_scale,
+            guidance_rescale=guidance_rescale,
+        )
+        levels = self.unet.config.factors
+        weights = {
+            "text": by_level("text_weight", text_weight if prompt is not None else 0.0, levels, s.num_frames),
+            "image": by_level("image_weight", image_weight if image is not None else 0.0, levels, s.num_frames),
+        }
+        with_text, with_image = not absent(weights["text"]), not absent(weights["image"])
+        if not with_text and not with_image:
+            raise ValueError("prompt, image: both are absent or have weight 0; at least one is needed")
+        prompts, pictures, videos = _conditions(prompt, image, num_videos)
+        plan = passes(with_text, with_image, s.guidance_scale, s.image_guidance_scale)
+        batches = [[one] for one in plan] if self.low_memory else [plan]
+        with self._working(self.clip), self._working(self.adapter):
+            text = self._text(prompts, negative_prompt, videos) if with_text else None
+            tokens = self._tokens(pictures, videos) if with_image else None
+        sampler = SCHEDULERS[s.scheduler].from_config(self.scheduler)
+        sampler.set_timesteps(s.steps, device=self.device)
+        latents = self._noise(videos, s, seed, generator).to(self.device) * sampler.init_noise_sigma
+        bar = tqdm(sampler.timesteps, "Sampling", disable=not progress, unit="step")
+        with self._working(self.unet), bar:
+            predict = [self._predictor(batch, text, tokens, weights, s) for batch in batches]
+            for step, t in enumerate(bar):
+                x, t = sampler.scale_model_input(latents, t), t.to(self.device)
+                predictions = [prediction for function in predict for prediction in function(x, t)]
+                latents = sampler.step(guide(predictions, plan, s.guidance_rescale), t, latents).prev_sample
+                if callback is not None:
+                    callback(step + 1, s.steps, latents)
+        with self._working(self.vae):
+            return Videos(self.vae.decode(latents).numpy(), s.fps)
+
+    def _predictor(
+        self,
+        batch: Sequence[Pass],
+        text: dict[bool, Tensor] | None,
+        tokens: Tensor | None,
+        weights: dict[str, dict[int, float | Tensor]],
+        s: Settings,
+    ) -> Callable[[Tensor, Tensor], Sequence[Tensor]]:
+        """A function of the latents and the noise level that gives the predictions of a batch of passes."""
+        count = len(batch)
+        keys = self.unet.condition(
+            None if text is None else torch.cat([text[one.prompted] for one in batch]),
+            None if tokens is None else tokens.repeat(count, 1, 1),
+        )
+        videos = len(next(x for x in ((text or {}).get(False), tokens) if x is not None))
+        pictured = torch.tensor([one.pictured for one in batch])
+
+        def shown(weight: float | Tensor) -> float | Tensor:
+            """An image weight that is 0 in the passes without the image."""
+            if not pictured.any():
+                return 0.0
+            if pictured.all() and not isinstance(weight, Tensor):
+                return weight
+            each = torch.as_tensor(weight).reshape(1, -1) * pictured[:, None]
+            return each.repeat_interleave(videos, 0).to(self.device)
+
+        given = {
+            "text_weight": {
+                f: w.to(self.device)[None] if isinstance(w, Tensor) else w for f, w in weights["text"].items()
+            },
+            "image_weight": {f: shown(w) for f, w in weights["image"].items()},
+            "fps": s.fps,
+        }
+
+        def predict(x: Tensor, t: Tensor) -> Sequence[Tensor]:
+            x = x.to(self.unet.conv_in.bias.dtype).repeat(count, 1, 1, 1, 1)
+            return self.unet(x, t.expand(len(x)), *keys, **given).chunk(count)
+
+        # A graph keeps its memory, and single passes would each have one.
+        return Graphed(predict) if self.device.type == "cuda" and not self.low_memory else predict
+
+    def _text(self, prompts: Sequence[str], negative_prompt: str, videos: int) -> dict[bool, Tensor]:
+        """The tokens of the passes with the prompt (True) and without it (False), ``(V, L, context_dim)``."""
+        different = list(dict.fromkeys((negative_prompt, *prompts)))
+        tokens = dict(zip(different, self.clip.text(different), strict=True))
+        each = [prompts[i * len(prompts) // videos] for i in range(videos)]
+        return {
+            True: torch.stack([tokens[prompt] for prompt in each]),
+            False: tokens[negative_prompt].expand(videos, -1, -1),
+        }
+
+    def _tokens(self, pictures: Sequence[Tensor], videos: int) -> Tensor:
+        """``(V, L, context_dim)`` of the images."""
+        tokens = torch.cat([self.adapter(self.clip.image(picture[None].to(self.device))) for picture in pictures])
+        return tokens.repeat_interleave(videos // len(pictures), 0)
+
+    def _noise(self, videos: int, s: Settings, seed: int, generator: torch.Generator | None) -> Tensor:
+        """``(V, T, C, h, w)``, drawn on the CPU, so that a seed means the same everywhere."""
+        f = self.vae.factor
+        shape = (s.num_frames, self.unet.config.in_channels, s.height // f, s.width // f)
+        generators = (generator or torch.Generator().manual_seed(seed + i) for i in range(videos))
+        return torch.stack([torch.randn(shape, generator=g) for g in generators])
+
+    # --- arguments ---------------------------------------------------------------------------------------------------------------
+
+    def _settings(self, **given: Any) -> Settings:
+        """The call's own settings over the checkpoint's, checked."""
+        s = replace(self.settings, **{name: value for name, value in given.items() if value is not None})
+        most = self.unet.config.max_frames
+        for name in ("num_frames", "height", "width", "steps"):
+            value = getattr(s, name)
+            if not isinstance(value, int) or value < 1:
+                raise ValueError(f"{name}: got {value!r}; a whole number >= 1 needed")
+        if s.num_frames > most:
+            raise ValueError(f"num_frames: got {s.num_frames}; at most {most} needed, the model's max_frames")
+        unit = self.vae.factor * self.unet.config.factors[-1]
+        if s.height % unit or s.width % unit:
+            near = [max(unit, round(size / unit) * unit) for size in (s.height, s.width)]
+            raise ValueError(
+                f"height, width: got {s.height}x{s.width}; multiples of {unit} needed, of which the nearest is {near[0]}x{near[1]}"
+            )
+        if s.fps <= 0:
+            raise ValueError(f"fps: got {s.fps}; a number > 0 needed")
+        if s.scheduler not in SCHEDULERS:
+            raise ValueError(f"scheduler: got {s.scheduler!r}; one of {', '.join(SCHEDULERS)} needed")
+        if not 0 <= s.guidance_rescale <= 1:
+            raise ValueError(f"guidance_rescale: got {s.guidance_rescale}; a number in [0, 1] needed")
+        return s
+
+    @contextmanager
+    def _working(self, part: torch.nn.Module) -> Iterator[None]:
+        """The part on the device, in low-memory mode only for so long."""
+        part.to(self.device)
+        try:
+            yield
+        finally:
+            if self.low_memory:
+                part.to("cpu")
+
+
+def _conditions(
+    prompt: str | Sequence[str] | None, image: Picture | Sequence[Picture] | None, num_videos: int
+) -> tuple[list[str], list[Tensor], int]:
+    """Prompts, pictures, and the number of videos: ``num_videos`` of each prompt or picture, those of one after another."""
+    prompts: list[Any] = [] if prompt is None else list(prompt) if isinstance(prompt, (list, tuple)) else [prompt]
+    if not all(isinstance(p, str) for p in prompts) or (prompt is not None and not prompts):
+        raise TypeError(f"prompt: got {prompt!r}; a text, or a list of texts, needed")
+    pictures: list[Any] = [] if image is None else list(image) if isinstance(image, (list, tuple)) else [image]
+    if len(pictures) > 1 and len(prompts) > 1 and len(pictures) != len(prompts):
+        raise ValueError(f"image: got {len(pictures)} images for {len(prompts)} prompts; one, or one for each needed")
+    if num_videos < 1:
+        raise ValueError(f"num_videos: got {num_videos}; at least 1 needed")
+    return prompts, [_picture(p) for p in pictures], max(len(prompts), len(pictures)) * num_videos
+
+
+def _picture(image: Picture) -> Tensor:
+    """``(3, H, W)`` float32 in [0, 1]."""
+    if isinstance(image, (str, Path)):
+        image = read_image(image)
+    elif isinstance(image, Image.Image):
+        image = np.asarray(image.convert("RGB"))
+    if isinstance(image, np.ndarray) and image.dtype == np.uint8 and image.ndim == 3 and image.shape[2] == 3:
+        return rearrange(torch.from_numpy(image.copy()), "h w c -> c h w") / 255
+    if isinstance(image, Tensor) and image.is_floating_point() and image.ndim == 3 and image.shape[0] == 3:
+        return image.float()
+    got = f"{image.dtype} {tuple(image.shape)}" if isinstance(image, (np.ndarray, Tensor)) else type(image).__name__
+    raise TypeError(
+        f"image: got {got}; a file, a PIL image, uint8 (H, W, 3) or a float tensor (3, H, W) in [0, 1] needed"
+    )
+
+
+def _scheduler_config(folder: Path) -> dict[str, Any]:
+    return {key: value for key, value in read_json(folder / "scheduler_config.json").items() if not key.startswith("_")}
+
+
+def _read_settings(path: Path) -> Settings:
+    choices = read_json(path) if path.is_file() else {}
+    if unknown := sorted(choices.keys() - {field.name for field in fields(Settings)}):
+        raise ValueError(f"{path}: unknown key {unknown[0]!r}")
+    return Settings(**choices)
