@@ -1,30 +1,30 @@
 """``group_norm_silu`` beside GroupNorm and SiLU, eager and compiled."""
 
+from functools import cache
+
 import torch
 import torch.nn.functional as F
 
-from benchmarks.harness import Problem, Tensors, measure
-from benchmarks.levels import LEVELS
+from benchmarks.harness import Implementation, Problem, Tensors, ours
+from benchmarks.levels import LEVELS, UNET, Level
 from univid.ops import group_norm_silu, reference
 
 OP = "group_norm_silu"
+SHAPES = LEVELS
+BATCHES = (1, 2)
 GROUPS, EPS = 32, 1e-5
 
 
-def problem(name: str, batch: int) -> Problem:
-    level = LEVELS[name]
-    x = torch.randn(batch * level.frames, level.tokens, level.channels, device="cuda", dtype=torch.bfloat16)
-    weight, bias = (torch.randn(level.channels, device="cuda", dtype=torch.bfloat16) for _ in range(2))
+def problem(level: Level, batch: int, device: str = "cuda") -> Problem:
+    make = lambda *s: torch.randn(*s, level.channels, device=device, dtype=torch.bfloat16)  # noqa: E731
+    x = make(batch * level.frames, level.tokens)
 
     def formula(t: Tensors, accumulate=None):
         return reference.group_norm_silu(t["x"], GROUPS, t["weight"], t["bias"], EPS, True, accumulate)[0]
 
     size = x.numel() * 2.0
     return Problem(
-        op=OP,
-        level=name,
-        batch=batch,
-        tensors={"x": x, "weight": weight, "bias": bias},
+        tensors={"x": x, "weight": make(), "bias": make()},
         reference=formula,
         part=lambda t: t,
         part_of=lambda _, x: x,
@@ -33,31 +33,23 @@ def problem(name: str, batch: int) -> Problem:
     )
 
 
-def _eager(t: Tensors):
-    # (M, C, N) channels-last, as a U-Net's activations lie
-    return F.silu(F.group_norm(t["x"].transpose(1, 2)[..., None], GROUPS, t["weight"], t["bias"], EPS))[
-        ..., 0
-    ].transpose(1, 2)
+def implementations(level: Level, batch: int) -> dict[str, Implementation]:
+    def call(t: Tensors, backend: str):
+        return group_norm_silu(t["x"], GROUPS, t["weight"], t["bias"], EPS, backend=backend)
 
-
-def implementations() -> dict:
-    run = {
-        backend: lambda t, backend=backend: group_norm_silu(
-            t["x"], GROUPS, t["weight"], t["bias"], EPS, backend=backend
-        )
-        for backend in ("cuda", "triton", "torch", "reference")
-    }
-    run["eager"] = _eager
-    run["torch.compile"] = torch.compile(_eager)
+    run = ours("group_norm", call)
+    run["eager"] = Implementation(_group_norm)
+    if batch == 2 and level in UNET.values():
+        run["torch.compile"] = Implementation(lambda t: _compiled()(t), quick=False, compiles=True)
     return run
 
 
-def rows(levels, batches, only=None) -> list[dict]:
-    results = []
-    for name in levels:
-        for batch in batches:
-            case = problem(name, batch)
-            for implementation, function in implementations().items():
-                if only is None or implementation in only:
-                    results += measure(case, implementation, function)
-    return results
+def _group_norm(t: Tensors):
+    # (M, C, N, 1) in channels_last, as a U-Net's activations lie
+    x = t["x"][:, :, None].permute(0, 3, 1, 2)
+    return F.silu(F.group_norm(x, GROUPS, t["weight"], t["bias"], EPS))[..., 0].transpose(1, 2)
+
+
+@cache
+def _compiled():
+    return torch.compile(_group_norm, dynamic=False)

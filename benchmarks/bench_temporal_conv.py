@@ -3,74 +3,76 @@
 import torch
 import torch.nn.functional as F
 
-from benchmarks.harness import Problem, Tensors, measure
-from benchmarks.levels import LEVELS
-from benchmarks.timing import eager_ms
+from benchmarks.harness import Implementation, Problem, Tensors, ours
+from benchmarks.levels import LEVELS, Level
 from univid.ops import reference, temporal_conv
 
 OP = "temporal_conv"
+SHAPES = LEVELS
+BATCHES = (1, 2)
+VARIANTS = {"epilogue": ("none", "bias + residual")}
 
 
-def problem(name: str, batch: int) -> Problem:
-    level = LEVELS[name]
+def problem(level: Level, batch: int, epilogue: str, device: str = "cuda") -> Problem:
     channels, taps = level.channels, level.taps
-    x = torch.randn(batch, level.frames, level.tokens, channels, device="cuda", dtype=torch.bfloat16)
-    weight = torch.randn(channels, taps, channels, device="cuda", dtype=torch.bfloat16) * (channels * taps) ** -0.5
-    bias = torch.randn(channels, device="cuda", dtype=torch.bfloat16)
-    tensors = {"x": x, "weight": weight.transpose(1, 2), "bias": bias}
+    make = lambda *s: torch.randn(*s, device=device, dtype=torch.bfloat16)  # noqa: E731
+    x = make(batch, level.frames, level.tokens, channels)
+    weight = make(channels, taps, channels) * (channels * taps) ** -0.5
+    tensors = {"x": x, "weight": weight.transpose(1, 2)}
+    if epilogue != "none":
+        tensors |= {"bias": make(channels), "residual": make(*x.shape)}
 
     def formula(t: Tensors, accumulate=None):
-        return reference.temporal_conv(t["x"], t["weight"], t["bias"], None, accumulate)
+        return reference.temporal_conv(t["x"], t["weight"], t.get("bias"), t.get("residual"), accumulate)
 
     flops = 2.0 * x.numel() * channels * taps
     size = x.numel() * 2.0
     return Problem(
-        op=OP,
-        level=name,
-        batch=batch,
         tensors=tensors,
         reference=formula,
         part=lambda t: t,
         part_of=lambda _, x: x,
         flops={"fwd": flops, "bwd": 2 * flops},
-        bytes={"fwd": 2 * size, "bwd": 3 * size},
+        bytes={"fwd": (len(tensors) // 2 + 1) * size, "bwd": 3 * size},
     )
 
 
-def _conv3d(t: Tensors):
-    x = t["x"].permute(0, 3, 1, 2)[..., None]  # (B, C, T, N, 1), channels_last_3d as it lies
-    weight = t["weight"][..., None, None].contiguous(memory_format=torch.channels_last_3d)
-    out = F.conv3d(x, weight, t["bias"], padding=(weight.shape[2] // 2, 0, 0))
-    return out[..., 0].permute(0, 2, 3, 1)
+def implementations(level: Level, batch: int, epilogue: str) -> dict[str, Implementation]:
+    if epilogue != "none" and batch == 1:
+        return {}
 
+    def call(t: Tensors, backend: str):
+        return temporal_conv(t["x"], t["weight"], t.get("bias"), residual=t.get("residual"), backend=backend)
 
-def implementations() -> dict:
-    run = {
-        backend: lambda t, backend=backend: temporal_conv(t["x"], t["weight"], t["bias"], backend=backend)
-        for backend in ("cuda", "triton", "torch", "reference")
-    }
-    run["cuDNN conv3d, channels_last_3d"] = _conv3d
+    run = ours("temporal_conv", call)
+    for layout, dim in (("(T, 1, N)", 2), ("(T, N, 1)", 3)):
+        run[f"cuDNN conv3d over {layout}"] = Implementation(lambda t, dim=dim: _conv3d(t, dim))
+    if epilogue != "none":
+        run.pop("reference")
+    else:
+        run["cuBLAS product, im2col not counted"] = Implementation(
+            run=lambda t: t["x"] @ t["weight"],
+            prepare=_im2col,
+            finish=lambda out: out.view(batch, level.frames, level.tokens, -1),
+        )
     return run
 
 
-def product(case: Problem) -> dict:
-    """The cuBLAS product of the same size: the limit of an implicit GEMM."""
-    x, weight = case.tensors["x"], case.tensors["weight"]
-    channels, taps = weight.shape[1:]
-    a = torch.randn(x.numel() // channels, channels * taps, device="cuda", dtype=torch.bfloat16)
-    b = torch.randn(channels * taps, channels, device="cuda", dtype=torch.bfloat16)
-    ms = eager_ms(lambda: a @ b)
-    row = {"op": OP, "level": case.level, "direction": "fwd", "batch": case.batch, "implementation": "cuBLAS product"}
-    return row | {"ms": round(ms, 5), "eager_ms": round(ms, 5), "tflops": round(case.flops["fwd"] / ms / 1e9, 1)}
+def _conv3d(t: Tensors, dim: int) -> torch.Tensor:
+    """In channels_last_3d, a dimension of size 1 beside N in place ``dim`` of (B, T, N, C)."""
+    # PyTorch asks the strides for the layout, also those of the dimensions of size 1: they go in and out where these
+    # say channels_last_3d, for the incoming gradient too.
+    x = t["x"].unsqueeze(dim).permute(0, 4, 1, 2, 3)
+    weight = t["weight"].transpose(1, 2)[:, :, None, None].permute(0, 4, 1, 2, 3)  # (C_out, C, K, 1, 1)
+    out = F.conv3d(x, weight, t.get("bias"), padding=(weight.shape[2] // 2, 0, 0))
+    out = out.permute(0, 2, 3, 4, 1).squeeze(dim)
+    return out + t["residual"] if "residual" in t else out
 
 
-def rows(levels, batches, only=None) -> list[dict]:
-    results = []
-    for name in levels:
-        for batch in batches:
-            case = problem(name, batch)
-            results.append(product(case))
-            for implementation, function in implementations().items():
-                if only is None or implementation in only:
-                    results += measure(case, implementation, function)
-    return results
+def _im2col(t: Tensors) -> Tensors:
+    """The matrices whose product the convolution is: (B · T · N, K · C) and (K · C, C_out)."""
+    x, weight = t["x"], t["weight"]
+    frames, taps = x.shape[1], weight.shape[2]
+    padded = F.pad(x, (0, 0, 0, 0, taps // 2, taps // 2))
+    shifted = torch.stack([padded[:, j : j + frames] for j in range(taps)], dim=-2)
+    return {"x": shifted.flatten(0, 2).flatten(1), "weight": weight.permute(2, 1, 0).flatten(0, 1)}

@@ -1,5 +1,5 @@
-"""The shapes that are timed: the levels of the U-Net at 24 frames of 40x72 latents, and shapes of other video
-models."""
+"""The shapes that are timed: the levels of the U-Net at 24 frames of 40x72 latents, shapes of other video models, and
+one shape whose frames, tokens and references grow in turn."""
 
 from typing import NamedTuple
 
@@ -18,13 +18,23 @@ class Level(NamedTuple):
 
 TEXT_KEYS, IMAGE_KEYS = 77, 257  # dual_stream_attn
 
-LEVELS = {
+UNET = {
     "f1": Level(24, 2880, 5, 3, 320, 3),
     "f2": Level(24, 720, 10, 6, 640, 5),
     "f4": Level(24, 180, 20, 12, 1280, 7),
     "f8": Level(24, 45, 20, 24, 1280, 9),
+}
+LEVELS = UNET | {
     "n1024_t16": Level(16, 1024, 8, 4, 512, 3),
     "n4096_t8": Level(8, 4096, 8, 2, 512, 3),
     "n256_t64": Level(64, 256, 16, 16, 1024, 5),
 }
-QUICK = ("f1", "f2", "f4", "f8")
+QUICK = ("f1", "f4")
+
+# Growth from T = 16, N = 1024, R = 4: by axis, the sizes on it.
+GROWTH = {"frames": (8, 16, 32, 64), "tokens": (256, 512, 1024, 2048, 4096), "refs": (1, 2, 4, 8, 16)}
+SCALING = {
+    f"t{level.frames}_n{level.tokens}_r{level.refs}": level
+    for axis, sizes in GROWTH.items()
+    for level in (LEVELS["n1024_t16"]._replace(**{axis: size}) for size in sizes)
+}

@@ -6,13 +6,15 @@ import json
 import re
 import subprocess
 from functools import cache
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from statistics import median
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 
-# The files whose change makes an operator's results stale: its name on every floor, and how it is timed.
-FILES = {
+# An operator's module, its name on every floor. These files and how it is timed make its results stale when they change.
+MODULES = {
     "pyramid_st_attn": "pyramid",
     "dual_stream_attn": "dual_stream",
     "temporal_attn": "temporal",
@@ -31,31 +33,34 @@ def environment() -> dict:
     from benchmarks.timing import eager_ms
 
     a, b = (torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16) for _ in range(2))
-    product_ms = eager_ms(lambda: a @ b, 300)
+    product_ms = median(eager_ms(lambda: a @ b, 300))
     x = torch.randn(1 << 29, device="cuda", dtype=torch.bfloat16)
     y = torch.empty_like(x)
-    copy_ms = eager_ms(lambda: y.copy_(x), 100)
+    copy_ms = median(eager_ms(lambda: y.copy_(x), 100))
+    major, minor = torch.cuda.get_device_capability()
     return {
         "date": datetime.date.today().isoformat(),
         "gpu": torch.cuda.get_device_name(),
+        "architecture": f"sm_{major}{minor}",
         "driver": _smi("driver_version"),
         "clocks_mhz": {"sm_max": _smi("clocks.max.sm"), "memory_max": _smi("clocks.max.memory")},
         "torch": torch.__version__,
         "cuda": torch.version.cuda,
         "cudnn": torch.backends.cudnn.version(),
         "triton": triton.__version__,
+        "flash_attn_4": _version("flash-attn-4"),
         "gemm_tflops": round(2 * 8192**3 / product_ms / 1e9, 1),
         "copy_gbs": round(2 * x.numel() * 2 / copy_ms / 1e6),
     }
 
 
-def write(operator: str, rows: list[dict]) -> Path:
-    """Write an operator's rows, beside and renamed."""
+def write(name: str, rows: list[dict], results: Path = RESULTS) -> Path:
+    """Write the rows of one operator to ``<name>.json``, beside and renamed."""
     limits = environment()
-    folder = RESULTS / re.sub(r"[^a-z0-9]+", "-", limits["gpu"].lower()).strip("-")
+    folder = results / re.sub(r"[^a-z0-9]+", "-", limits["gpu"].lower()).strip("-")
     folder.mkdir(parents=True, exist_ok=True)
-    path = folder / f"{operator}.json"
-    head = {"environment": limits, "sources_sha256": sources_sha256(operator)}
+    path = folder / f"{name}.json"
+    head = {"environment": limits, "sources_sha256": sources_sha256(rows[0]["op"])}
     # One row a line: a diff shows what moved.
     lines = ",\n".join(json.dumps(row) for row in rows)
     partial = path.with_suffix(".partial")
@@ -65,7 +70,7 @@ def write(operator: str, rows: list[dict]) -> Path:
 
 
 def sources_sha256(operator: str) -> str:
-    """Of the sources that an operator's results depend on."""
+    """Of what an operator's results depend on."""
     digest = hashlib.sha256()
     for path in sorted(sources(operator)):
         digest.update(path.read_bytes())
@@ -73,14 +78,27 @@ def sources_sha256(operator: str) -> str:
 
 
 def sources(operator: str) -> list[Path]:
-    name = FILES[operator]
+    name = MODULES[operator]
     patterns = (
         f"univid/ops/{name}.py",
         f"univid/kernels/*/{name}.py",
         f"univid/kernels/*/{name}_bwd.py",
         f"csrc/{name}[._]*",
+        f"benchmarks/bench_{name}.py",
+        "benchmarks/harness.py",
+        "benchmarks/peers.py",
+        "benchmarks/timing.py",
     )
-    return [path for pattern in patterns for path in ROOT.glob(pattern)]
+    longer = tuple(other for other in MODULES.values() if other.startswith(name) and other != name)
+    found = [path for pattern in patterns for path in ROOT.glob(pattern)]
+    return [path for path in found if not path.name.removeprefix("bench_").startswith(longer)]
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
 
 
 def _smi(field: str) -> str:

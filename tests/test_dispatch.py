@@ -1,5 +1,6 @@
 """Which backend runs: by default, by argument, by UNIVID_BACKEND, without Triton; and what ``explain`` says of it."""
 
+import json
 import subprocess
 import sys
 from types import SimpleNamespace
@@ -8,9 +9,10 @@ import pytest
 import torch
 
 from univid import ops
+from univid.kernels import measured
 from univid.kernels.calls import TemporalCall
 from univid.ops import BACKENDS, ReferenceFrames, dispatch, eager, explain
-from univid.ops.explain import backends_for
+from univid.ops.explain import _OPERATORS, backends_for
 
 B, T, N, H, D, LENGTH, C = 2, 4, 3, 2, 8, 5, 6
 
@@ -184,6 +186,88 @@ def test_asked_for_by_name_nothing_falls_back(backends, by_environment, monkeypa
     ):
         choose("reference", "forward")
     assert choose("cuda", "forward") is backends["cuda"]
+
+
+# --- the choice by measurement ----------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def measurements(monkeypatch):
+    """{(architecture, operator, direction): {class of shapes: backend}}, which a test fills, on a card of its own."""
+    held = {}
+    monkeypatch.setattr(measured, "choices", lambda *key: held.get(key, {}))
+    monkeypatch.setattr(dispatch, "_architecture", lambda device: device)
+    return held
+
+
+def call_on(card, frames=24, element_size=2):
+    """What dispatch sees of a call on a GPU."""
+    q = SimpleNamespace(
+        is_cuda=card is not None, element_size=lambda: element_size, device=card, shape=(2, frames, 3, 1, 64)
+    )
+    return TemporalCall(q, q, q, 1.0)
+
+
+def test_what_was_measured_to_be_faster_runs_first(backends, measurements):
+    for name in BACKENDS:
+        backends[name] = backend_of(name, [])
+    measurements["sm_90", "temporal", "forward"] = {"frames <= 32": "torch"}
+    assert dispatch.choose("temporal", call_on("sm_90"), None) is backends["torch"]
+    # In the other direction, at other sizes, in another dtype and on another card nothing was measured.
+    assert dispatch.choose("temporal", call_on("sm_90"), None, "backward") is backends["cuda"]
+    assert dispatch.choose("temporal", call_on("sm_90", frames=33), None) is backends["cuda"]
+    assert dispatch.choose("temporal", call_on("sm_90", element_size=4), None) is backends["cuda"]
+    assert dispatch.choose("temporal", call_on("sm_80"), None) is backends["cuda"]
+    assert dispatch.choose("temporal", call_on(None), None) is backends["cuda"]
+    # Asked for by name, or unable to run it, it is as if nothing was.
+    assert dispatch.choose("temporal", call_on("sm_90"), "triton") is backends["triton"]
+    backends["torch"] = backend_of("torch", [], refusal="no")
+    assert dispatch.choose("temporal", call_on("sm_90"), None) is backends["cuda"]
+
+
+def test_environment_outweighs_measurements(backends, measurements, monkeypatch):
+    for name in BACKENDS:
+        backends[name] = backend_of(name, [])
+    measurements["sm_90", "temporal", "forward"] = {"frames <= 32": "torch"}
+    monkeypatch.setenv("UNIVID_BACKEND", "reference")
+    assert dispatch.choose("temporal", call_on("sm_90"), None) is backends["reference"]
+
+
+@every_operator
+def test_explain_says_what_was_measured(operator, capsys, monkeypatch):
+    monkeypatch.setattr(dispatch, "measured_fastest", lambda *args: "reference")
+    args = calls()[operator]
+    explain(operator, *args)
+    out = capsys.readouterr().out
+    assert out.count(f"{operator} forward: reference\n") == 1
+    assert out.count("  reference  runs, measured to be the fastest at such sizes\n") == 2
+    explain(operator, *args, backend="torch")
+    out = capsys.readouterr().out
+    assert f"{operator} forward: torch\n" in out and "reference  can, measured to be the fastest at such sizes\n" in out
+
+
+def test_the_measured_table_names_what_there_is():
+    for table in json.loads(measured.PATH.read_text()).values():
+        for operator, directions in table.items():
+            if operator == "gpu":
+                continue
+            assert operator in measured.SIZES and set(directions) <= set(dispatch.DIRECTIONS)
+            for direction, choices in directions.items():
+                for backend in choices.values():
+                    assert backend in BACKENDS and direction in dispatch.directions(backend, operator)
+                    # A forward that keeps no logsumexp is no forward for another's backward.
+                    assert backend != "torch" or direction == "backward" or operator in ("temporal_conv", "group_norm")
+
+
+@every_operator
+def test_every_call_has_a_class(operator):
+    """Of every operator, the sizes that a class asks for."""
+    module, arguments, call = _OPERATORS[operator]
+    given = call(*arguments(*calls()[operator]))
+    assert measured.shape_class(module, **dispatch._SIZES[module](given))
+
+
+# --- by name ----------------------------------------------------------------------------------------------------------
 
 
 @every_operator

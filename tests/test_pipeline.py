@@ -7,15 +7,16 @@ import warnings
 import numpy as np
 import pytest
 import torch
-from diffusers import AutoencoderKL, DDIMScheduler
+from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
 from PIL import Image
 
+from univid import UniVidPipeline
 from univid.data.autoencoder import Autoencoder
 from univid.data.clip import build_clip
 from univid.data.files import read_video
 from univid.guidance import guide, passes
 from univid.model import ImageAdapter, UNet, UNetConfig
-from univid.pipeline import Settings, UniVidPipeline
+from univid.pipeline import Settings
 
 CLIP = {
     "embed_dim": 16,
@@ -222,6 +223,36 @@ def test_save_and_load(pipe, tmp_path):
         (tmp_path / "model" / part / name).unlink(missing_ok=True)
     with pytest.raises(FileNotFoundError, match=r"unet/config\.json"):
         UniVidPipeline.from_pretrained(tmp_path / "model")
+
+
+def test_from_sd21(pipe, tmp_path):
+    theirs = UNet2DConditionModel(
+        block_out_channels=(32, 64),
+        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+        layers_per_block=1,
+        cross_attention_dim=24,
+        attention_head_dim=(2, 4),
+        use_linear_projection=True,
+        norm_num_groups=8,
+    )
+    theirs.save_pretrained(tmp_path / "unet")
+    pipe.vae.save(tmp_path / "vae")
+    DDIMScheduler.from_config(pipe.scheduler).save_pretrained(tmp_path / "scheduler")
+    pipe.clip.save(tmp_path / "clip")
+    made = UniVidPipeline.from_sd21(tmp_path, tmp_path / "clip")
+    assert made.unet.config.prediction_type == "v_prediction"
+    size = {"num_frames": 1, "height": 16, "width": 32, "steps": 2, "guidance_scale": 1.0}
+    latents = []
+    made("a cat", **size, progress=False, callback=lambda *s: latents.append(s[2]))
+    scheduler = DDIMScheduler.from_config(pipe.scheduler)
+    scheduler.set_timesteps(2)
+    x = torch.randn(1, 4, 8, 16, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        for t in scheduler.timesteps:
+            noise = theirs(x, t, pipe.clip.text(["a cat"])).sample
+            x = scheduler.step(noise, t, x).prev_sample
+    torch.testing.assert_close(latents[-1][:, 0], x, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize(

@@ -45,8 +45,8 @@ def _terms(inputs: dict, options: dict, grad: Tensor) -> dict:
     return one_key_terms(inputs["q"], inputs["k"], inputs["v"], grad, options.get("scale") or grad.shape[-1] ** -0.5)
 
 
-PYRAMID = Operator("pyramid_st_attn", "pyramid", ("q", "k", "v"), _reference, _terms)
-PACKED = Operator("pyramid_st_attn_qkv", "pyramid", ("qkv",), _reference)
+PYRAMID = Operator("pyramid_st_attn", "pyramid", ("q", "k", "v"), _reference, _terms, (("deterministic", True),))
+PACKED = Operator("pyramid_st_attn_qkv", "pyramid", ("qkv",), _reference, repeatable=(("deterministic", True),))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,7 +97,7 @@ CASES = [
     PyramidCase(id="one-token", N=1, **ONCE),
     PyramidCase(id="one-reference", refs=ReferenceFrames.previous(5), compiled=(BF16, FP32)),
     PyramidCase(id="one-key", T=1, N=1, refs=ReferenceFrames.all(1), **ONCE),
-    PyramidCase(id="dense", refs=ReferenceFrames.all(5), compiled=DTYPES, **TWICE),
+    PyramidCase(id="dense", refs=ReferenceFrames.all(5), compiled=HALVES, **TWICE),
     PyramidCase(id="random-segments", T=7, N=21, refs=_random_segments(7, 4)),
     PyramidCase(id="first-frame", refs=ReferenceFrames.first(5)),
     PyramidCase(id="repeated-frame", refs=ReferenceFrames.sparse_causal(5), compiled=(BF16, FP32), **ONCE),
@@ -120,7 +120,7 @@ CASES = [
     PyramidCase(id="long-dense", B=1, T=2, N=569, H=1, refs=ReferenceFrames.all(2)),
     PyramidCase(id="packed", layouts=("packed",) * 3),
     PyramidCase(id="sliced", layouts=("sliced",) * 3),
-    PyramidCase(id="odd", layouts=("odd",) * 3, compiled=(BF16, FP32), **ONCE),
+    PyramidCase(id="odd", layouts=("odd",) * 3, **ONCE),
     PyramidCase(id="expanded-clips", layouts=("contiguous", "expanded0", "expanded0")),
     PyramidCase(id="expanded-frames", layouts=("expanded0", "expanded1", "expanded1"), **ONCE),
     PyramidCase(id="grad-ones", grad="ones"),
@@ -142,7 +142,7 @@ CASES = [
     PyramidCase(id="D40", D=40, H=2, interpreted=(FP16,), small={"H": 1}),
     PyramidCase(id="D72", D=72, H=2, compiled=(FP16,)),
     PyramidCase(id="D80", D=80, H=2, **ONCE),
-    PyramidCase(id="D128", D=128, H=2, compiled=(BF16, FP32)),
+    PyramidCase(id="D128", D=128, H=2),
     PyramidCase(id="D5", D=5, compiled=()),
     PyramidCase(id="D136", D=136, compiled=()),
 ]  # fmt: skip
@@ -185,7 +185,7 @@ def test_packed_like_float64(case: PackedCase, run: Run):
 
 
 @drawn_runs(PYRAMID, (BF16, 8), (FP32, 24), (BF16, 40), (FP32, 64), (BF16, 128))
-@settings(max_examples=20, deadline=None, derandomize=True)
+@settings(max_examples=12, deadline=None, derandomize=True)
 @given(st.data())
 def test_drawn_sizes(run: Run, fixed: list, data: st.DataObject):
     """Sizes alone are drawn; the table is random, padded and raw, so that one set of kernels takes them all."""

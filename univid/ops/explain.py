@@ -1,4 +1,4 @@
-"""Which backend would run a call, and why the faster ones would not."""
+"""Which backend would run a call, and why the others would not."""
 
 from __future__ import annotations
 
@@ -33,11 +33,13 @@ def explain(operator: str, *args: Any, **kwargs: Any) -> None:
         operator: an operator's name, such as "pyramid_st_attn"; the rest are its own arguments, which are checked as it
             would.
     """
-    for direction in ("forward", "backward"):
-        chosen, refusals = backends_for(operator, *args, direction=direction, **kwargs)
+    for direction in dispatch.DIRECTIONS:
+        chosen, refusals, fastest = _ask(operator, args, kwargs, direction)
         print(f"{operator} {direction}: {chosen or 'the backend asked for cannot run it'}")
         for backend, refusal in refusals.items():
-            print(f"  {backend:<9}  {refusal or ('runs' if backend == chosen else 'can')}")
+            can = "runs" if backend == chosen else "can"
+            faster = ", measured to be the fastest at such sizes" if backend == fastest else ""
+            print(f"  {backend:<9}  {refusal or can + faster}")
 
 
 def backends_for(
@@ -45,9 +47,19 @@ def backends_for(
 ) -> tuple[str | None, dict[str, str | None]]:
     """The backend that would run a call (None: the one asked for cannot), and for every backend why it cannot, or
     None."""
+    chosen, refusals, _ = _ask(operator, args, kwargs, direction)
+    return chosen, refusals
+
+
+def _ask(
+    operator: str, args: tuple, kwargs: dict[str, Any], direction: str
+) -> tuple[str | None, dict[str, str | None], str | None]:
+    """What :func:`backends_for` returns, and the backend that was measured to be faster than the first, if any."""
     if operator not in _OPERATORS:
         raise ValueError(f"operator: got {operator!r}, needs one of {', '.join(map(repr, _OPERATORS))}")
     module, arguments, call = _OPERATORS[operator]
-    checked = arguments(*args, **kwargs)
-    refusals = dispatch.candidates(module, call(*checked), direction)
-    return dispatch.preferred(refusals, checked[-1]), refusals
+    *checked, backend = arguments(*args, **kwargs)
+    given = call(*checked, backend)
+    refusals = dispatch.candidates(module, given, direction)
+    fastest = dispatch.measured_fastest(module, given, direction)
+    return dispatch.preferred(refusals, backend, fastest), refusals, fastest

@@ -6,14 +6,15 @@ What the backward (``pyramid_bwd.py``) shares with the forward, the forward itse
   references or, for dK and dV, queries and incoming gradients of the readers. Float32 accumulators stay in registers.
 * Tiles are powers of two, frames are not. Whole tiles of a frame are streamed with one scalar frame index and no mask.
   What is left of every frame is packed, token after token, and gathered row by row, so that only the very last tile of
-  a program is not full; frames under four tiles are packed altogether. Slots past the end repeat tokens of the last
-  frame: loads need no mask, only scores are struck out.
+  a program is not full; frames under two tiles are packed altogether. Slots past the end repeat tokens of the last
+  frame: loads need no mask, only that tile's scores are struck out.
 * Where all rows of the table are equal (EQUAL_ROWS) the T·N queries of a clip are one long query.
 * The head is the slowest index of the grids, so that its keys and values stay in the L2 cache.
 
-Budget of the forward at D = 64 in 16 bits, compiled for sm_90: 128 queries (16 KB) and three stages of 64 keys and
-values (48 KB) are 64 KB of shared memory, two programs of 4 warps to an SM at up to 255 registers: 64 scores, 32 for P
-in halves and 64 outputs a thread, without spills.
+Budget of the forward at D = 64 in 16 bits, compiled for sm_90: 64 queries (8 KB) and two stages of 128 keys and values
+(64 KB) are 72 KB of shared memory, three programs of 4 warps to an SM at 168 registers: 64 scores, 32 for P in halves
+and 32 outputs a thread, without spills in the loops. Triton waits for QKᵀ in every tile, so what hides one program's
+softmax is another program: three that hold 64 queries beat two that hold 128.
 """
 
 import math
@@ -30,6 +31,8 @@ from univid.kernels.triton.launch import Config, Tuned, cdiv
 
 LOG2E = tl.constexpr(math.log2(math.e))
 LN2 = tl.constexpr(math.log(2))
+
+_LIMITS = torch.version.hip is None and torch.version.xpu is None  # only Triton's NVIDIA compiler takes ``maxnreg``
 
 
 # --- what the kernels share ------------------------------------------------------------------------------------------
@@ -51,6 +54,17 @@ def offset_of(frame, token, strides, ALIGNED: tl.constexpr):
     if ALIGNED:
         offset = tl.multiple_of(offset, 8)
     return offset
+
+
+@triton.jit
+def offset_pair(frame, token, strides, other_strides, SAME_STRIDES: tl.constexpr, ALIGNED: tl.constexpr):
+    """``offset_of`` in two tensors. SAME_STRIDES: those of frames and tokens, so that one computation serves both."""
+    offset = offset_of(frame, token, strides, ALIGNED)
+    if SAME_STRIDES:
+        other = offset
+    else:
+        other = offset_of(frame, token, other_strides, ALIGNED)
+    return offset, other
 
 
 @triton.jit
@@ -109,7 +123,7 @@ def references_of(table_ptr, clip, row, R, table_stride, PADDED: tl.constexpr):
 def whole_tiles(tokens, BLOCK: tl.constexpr):
     """How many tiles of a frame are streamed whole; its other tokens are packed."""
     whole = tokens // BLOCK
-    return tl.where(whole < 4, 0, whole)
+    return tl.where(whole < 2, 0, whole)
 
 
 @triton.jit
@@ -138,9 +152,7 @@ def frame_at(frames, entry, count, ALL_FRAMES: tl.constexpr):
 @triton.jit
 def strike_out(scores, keys, BLOCK_N: tl.constexpr):
     """All but the first ``keys`` columns of a tile become -inf."""
-    if keys < BLOCK_N:
-        scores = tl.where(tl.arange(0, BLOCK_N)[None, :] < keys, scores, float("-inf"))
-    return scores
+    return tl.where(tl.arange(0, BLOCK_N)[None, :] < keys, scores, float("-inf"))
 
 
 # --- forward ---------------------------------------------------------------------------------------------------------
@@ -179,6 +191,7 @@ def _forward(
     table_stride,
     EQUAL_ROWS: tl.constexpr,
     PADDED: tl.constexpr,
+    SAME_STRIDES: tl.constexpr,
     ALIGNED: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -198,14 +211,14 @@ def _forward(
 
     slots = tl.arange(0, BLOCK_N)
     whole = whole_tiles(Nk, BLOCK_N)
-    k_rows = offset_of(0, slots, k_strides, ALIGNED)
-    v_rows = offset_of(0, slots, v_strides, ALIGNED)
+    k_rows, v_rows = offset_pair(0, slots, k_strides, v_strides, SAME_STRIDES, ALIGNED)
     entry = 0
     start = 0
     key_frame = frame_at(references, entry, count, False)
     for _ in range(count * whole):
-        k = load_rows(k_head + offset_of(key_frame, start, k_strides, ALIGNED), k_rows, None, HEAD_DIM, BLOCK_D)
-        v = load_rows(v_head + offset_of(key_frame, start, v_strides, ALIGNED), v_rows, None, HEAD_DIM, BLOCK_D)
+        k_tile, v_tile = offset_pair(key_frame, start, k_strides, v_strides, SAME_STRIDES, ALIGNED)
+        k = load_rows(k_head + k_tile, k_rows, None, HEAD_DIM, BLOCK_D)
+        v = load_rows(v_head + v_tile, v_rows, None, HEAD_DIM, BLOCK_D)
         entry, start = next_tile(entry, start, whole, BLOCK_N)
         key_frame = frame_at(references, entry, count, False)
         acc, peak, total = _attend(q, k, v, 0, scale_log2, acc, peak, total, False, BLOCK_N)
@@ -216,13 +229,20 @@ def _forward(
     entries = slots // packed
     tokens = slots % packed
     key_frames = frame_at(references, entries, count, False)
-    for first in range(0, keys, BLOCK_N):
+    for _ in range(keys // BLOCK_N):
         key_tokens = tokens + whole * BLOCK_N
-        k = load_rows(k_head, offset_of(key_frames, key_tokens, k_strides, ALIGNED), None, HEAD_DIM, BLOCK_D)
-        v = load_rows(v_head, offset_of(key_frames, key_tokens, v_strides, ALIGNED), None, HEAD_DIM, BLOCK_D)
+        k_rows, v_rows = offset_pair(key_frames, key_tokens, k_strides, v_strides, SAME_STRIDES, ALIGNED)
+        k = load_rows(k_head, k_rows, None, HEAD_DIM, BLOCK_D)
+        v = load_rows(v_head, v_rows, None, HEAD_DIM, BLOCK_D)
         entries, tokens = next_slots(entries, tokens, packed, BLOCK_N)
         key_frames = frame_at(references, entries, count, False)
-        acc, peak, total = _attend(q, k, v, keys - first, scale_log2, acc, peak, total, True, BLOCK_N)
+        acc, peak, total = _attend(q, k, v, 0, scale_log2, acc, peak, total, False, BLOCK_N)
+    if keys % BLOCK_N > 0:  # apart, since a mask in the loop costs every tile
+        key_tokens = tokens + whole * BLOCK_N
+        k_rows, v_rows = offset_pair(key_frames, key_tokens, k_strides, v_strides, SAME_STRIDES, ALIGNED)
+        k = load_rows(k_head, k_rows, None, HEAD_DIM, BLOCK_D)
+        v = load_rows(v_head, v_rows, None, HEAD_DIM, BLOCK_D)
+        acc, peak, total = _attend(q, k, v, keys % BLOCK_N, scale_log2, acc, peak, total, True, BLOCK_N)
 
     total = tl.where(total > 0, total, 1.0)  # without keys: acc is 0 and peak -inf
     queries = T * N
@@ -262,14 +282,15 @@ def unsupported(call: PyramidCall) -> str | None:
 
 
 def _configs(key: dict) -> list[Config]:
+    tiles: list[tuple[int, ...]]
     if key["dtype"] == "fp32":
-        tiles = [(64, 32, 8, 2), (32, 32, 4, 2)] if key["D"] <= 64 else [(32, 32, 8, 2)]
+        tiles = [(32, 32, 8, 2), (64, 32, 8, 2), (32, 32, 4, 2)] if key["D"] <= 64 else [(32, 32, 8, 2)]
     elif key["D"] > 64:
         tiles = [(128, 64, 8, 2), (128, 64, 8, 3), (128, 128, 8, 2), (64, 64, 4, 2)]
     elif has_long_rows(key):
-        tiles = [(128, 64, 4, 3), (128, 128, 8, 3), (128, 128, 8, 2), (128, 64, 8, 3), (128, 64, 4, 4), (64, 64, 4, 3)]
+        tiles = [(64, 128, 4, 2, 168), (128, 64, 4, 3), (128, 128, 8, 3), (128, 64, 8, 3), (64, 64, 4, 2, 128)]
     else:
-        tiles = [(64, 64, 4, 3), (64, 128, 4, 3), (64, 128, 4, 2), (64, 64, 4, 4), (128, 64, 4, 3)]
+        tiles = [(64, 128, 4, 2, 168), (64, 64, 4, 2, 128), (64, 64, 4, 3), (128, 64, 4, 3)]
     return configs_of(tiles)
 
 
@@ -290,6 +311,7 @@ def forward(call: PyramidCall) -> tuple[Tensor, Tensor]:
         key=key_of(call),
         EQUAL_ROWS=has_equal_rows(call),
         PADDED=call.padded,
+        SAME_STRIDES=has_same_strides(k, v),
         **constants_of(q, k, v),
     )
     return out, logsumexp
@@ -343,6 +365,11 @@ def strides_of(x: Tensor) -> tuple[int, ...]:
     return tuple(x.stride(i) if x.shape[i] > 1 else 0 for i in range(4))
 
 
+def has_same_strides(x: Tensor, y: Tensor) -> bool:
+    """Of frames and tokens."""
+    return strides_of(x)[1:3] == strides_of(y)[1:3]
+
+
 def constants_of(*tensors: Tensor) -> dict:
     dim = tensors[0].shape[-1]
     aligned = all(stride % 8 == 0 for x in tensors for stride in strides_of(x))
@@ -366,8 +393,12 @@ def has_long_rows(key: dict) -> bool:
     return key["equal_rows"] or key["queries"] > 256
 
 
-def configs_of(tiles: list[tuple[int, int, int, int]]) -> list[Config]:
-    return [Config({"BLOCK_M": m, "BLOCK_N": n}, warps, stages) for m, n, warps, stages in tiles]
+def configs_of(tiles: list[tuple[int, ...]]) -> list[Config]:
+    """Of (BLOCK_M, BLOCK_N, warps, stages) and, where more programs shall fit an SM, the most registers of a thread."""
+    return [
+        Config({"BLOCK_M": m, "BLOCK_N": n} | ({"maxnreg": limit[0]} if limit and _LIMITS else {}), warps, stages)
+        for m, n, warps, stages, *limit in tiles
+    ]
 
 
 def _padded(dim: int) -> int:

@@ -8,9 +8,10 @@ of frames are streamed as ``pyramid.py`` tells; dK/dV streams the readers of a k
 * Where all rows of the table are equal, every key frame has the same readers, all T frames: key frames are packed as
   one long key, and what a frame gets is multiplied by how often the row lists it.
 
-Budget at D = 64 in 16 bits, compiled for sm_90, without spills. dQ: 128 queries and gradients (32 KB), three stages of
-64 keys and values (48 KB), 8 warps, 158 registers. dK/dV: 128 keys and values (32 KB), three stages of 64 queries and
-gradients (48 KB), 8 warps, 228 registers (254 with equal rows): 64 accumulators, 32 scores, 32 dP and halves of both.
+Budget at D = 64 in 16 bits, compiled for sm_90. dQ: 128 queries and gradients (32 KB), three stages of 64 keys and
+values (48 KB), two programs of 4 warps to an SM; in short rows 64 queries at 128 registers, three programs. dK/dV: 64
+keys and values (16 KB), three stages of 64 queries and gradients (48 KB), three programs of 4 warps at 168 registers:
+64 accumulators, 32 scores, 32 dP and halves of both, some invariants of the loop spilled.
 """
 
 import triton
@@ -26,12 +27,14 @@ from univid.kernels.triton.pyramid import (
     frame_at,
     has_equal_rows,
     has_long_rows,
+    has_same_strides,
     head_of,
     key_of,
     load_rows,
     next_slots,
     next_tile,
     offset_of,
+    offset_pair,
     query_grid,
     query_tile,
     references_of,
@@ -114,6 +117,7 @@ def _backward_q(
     table_stride,
     EQUAL_ROWS: tl.constexpr,
     PADDED: tl.constexpr,
+    SAME_STRIDES: tl.constexpr,
     ALIGNED: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -136,14 +140,14 @@ def _backward_q(
 
     slots = tl.arange(0, BLOCK_N)
     whole = whole_tiles(Nk, BLOCK_N)
-    k_rows = offset_of(0, slots, k_strides, ALIGNED)
-    v_rows = offset_of(0, slots, v_strides, ALIGNED)
+    k_rows, v_rows = offset_pair(0, slots, k_strides, v_strides, SAME_STRIDES, ALIGNED)
     entry = 0
     start = 0
     key_frame = frame_at(references, entry, count, False)
     for _ in range(count * whole):
-        k = load_rows(k_head + offset_of(key_frame, start, k_strides, ALIGNED), k_rows, None, HEAD_DIM, BLOCK_D)
-        v = load_rows(v_head + offset_of(key_frame, start, v_strides, ALIGNED), v_rows, None, HEAD_DIM, BLOCK_D)
+        k_tile, v_tile = offset_pair(key_frame, start, k_strides, v_strides, SAME_STRIDES, ALIGNED)
+        k = load_rows(k_head + k_tile, k_rows, None, HEAD_DIM, BLOCK_D)
+        v = load_rows(v_head + v_tile, v_rows, None, HEAD_DIM, BLOCK_D)
         entry, start = next_tile(entry, start, whole, BLOCK_N)
         key_frame = frame_at(references, entry, count, False)
         dq = _attend_dq(q, k, v, grad, logsumexp, delta, 0, scale_log2, dq, False, BLOCK_N)
@@ -154,13 +158,20 @@ def _backward_q(
     entries = slots // packed
     tokens = slots % packed
     key_frames = frame_at(references, entries, count, False)
-    for first in range(0, keys, BLOCK_N):
+    for _ in range(keys // BLOCK_N):
         key_tokens = tokens + whole * BLOCK_N
-        k = load_rows(k_head, offset_of(key_frames, key_tokens, k_strides, ALIGNED), None, HEAD_DIM, BLOCK_D)
-        v = load_rows(v_head, offset_of(key_frames, key_tokens, v_strides, ALIGNED), None, HEAD_DIM, BLOCK_D)
+        k_rows, v_rows = offset_pair(key_frames, key_tokens, k_strides, v_strides, SAME_STRIDES, ALIGNED)
+        k = load_rows(k_head, k_rows, None, HEAD_DIM, BLOCK_D)
+        v = load_rows(v_head, v_rows, None, HEAD_DIM, BLOCK_D)
         entries, tokens = next_slots(entries, tokens, packed, BLOCK_N)
         key_frames = frame_at(references, entries, count, False)
-        dq = _attend_dq(q, k, v, grad, logsumexp, delta, keys - first, scale_log2, dq, True, BLOCK_N)
+        dq = _attend_dq(q, k, v, grad, logsumexp, delta, 0, scale_log2, dq, False, BLOCK_N)
+    if keys % BLOCK_N > 0:  # apart, since a mask in the loop costs every tile
+        key_tokens = tokens + whole * BLOCK_N
+        k_rows, v_rows = offset_pair(key_frames, key_tokens, k_strides, v_strides, SAME_STRIDES, ALIGNED)
+        k = load_rows(k_head, k_rows, None, HEAD_DIM, BLOCK_D)
+        v = load_rows(v_head, v_rows, None, HEAD_DIM, BLOCK_D)
+        dq = _attend_dq(q, k, v, grad, logsumexp, delta, keys % BLOCK_N, scale_log2, dq, True, BLOCK_N)
 
     dq_head = head_of(dq_ptr, clip, head, dq_strides, ALIGNED)
     store_rows(dq_head, offset_of(frame, token, dq_strides, ALIGNED), dq * scale, exists, HEAD_DIM, BLOCK_D)
@@ -222,6 +233,7 @@ def _backward_kv(
     EQUAL_ROWS: tl.constexpr,
     DK: tl.constexpr,
     DV: tl.constexpr,
+    SAME_STRIDES: tl.constexpr,
     ALIGNED: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -265,15 +277,14 @@ def _backward_kv(
 
     slots = tl.arange(0, BLOCK_M)
     whole = whole_tiles(N, BLOCK_M)
-    q_rows = offset_of(0, slots, q_strides, ALIGNED)
-    grad_rows = offset_of(0, slots, grad_strides, ALIGNED)
+    q_rows, grad_rows = offset_pair(0, slots, q_strides, grad_strides, SAME_STRIDES, ALIGNED)
     entry = 0
     start = 0
     query_frame = frame_at(readers, entry, count, EQUAL_ROWS)
     for _ in range(count * whole):
-        q = load_rows(q_head + offset_of(query_frame, start, q_strides, ALIGNED), q_rows, None, HEAD_DIM, BLOCK_D)
-        grad_tile = grad_head + offset_of(query_frame, start, grad_strides, ALIGNED)
-        grad = load_rows(grad_tile, grad_rows, None, HEAD_DIM, BLOCK_D)
+        q_tile, grad_tile = offset_pair(query_frame, start, q_strides, grad_strides, SAME_STRIDES, ALIGNED)
+        q = load_rows(q_head + q_tile, q_rows, None, HEAD_DIM, BLOCK_D)
+        grad = load_rows(grad_head + grad_tile, grad_rows, None, HEAD_DIM, BLOCK_D)
         index = query_frame * N + start + slots
         logsumexp, delta = _load_statistics(statistics_head, index, BLOCK_M, num_warps)
         entry, start = next_tile(entry, start, whole, BLOCK_M)
@@ -288,10 +299,9 @@ def _backward_kv(
     query_frames = frame_at(readers, entries, count, EQUAL_ROWS)
     for first in range(0, queries, BLOCK_M):
         query_tokens = tokens + whole * BLOCK_M
-        q = load_rows(q_head, offset_of(query_frames, query_tokens, q_strides, ALIGNED), None, HEAD_DIM, BLOCK_D)
-        grad = load_rows(
-            grad_head, offset_of(query_frames, query_tokens, grad_strides, ALIGNED), None, HEAD_DIM, BLOCK_D
-        )
+        q_rows, grad_rows = offset_pair(query_frames, query_tokens, q_strides, grad_strides, SAME_STRIDES, ALIGNED)
+        q = load_rows(q_head, q_rows, None, HEAD_DIM, BLOCK_D)
+        grad = load_rows(grad_head, grad_rows, None, HEAD_DIM, BLOCK_D)
         index = query_frames * N + query_tokens
         logsumexp, delta = _load_statistics(statistics_head, index, BLOCK_M, num_warps)
         logsumexp = tl.where(first + slots < queries, logsumexp, float("inf"))
@@ -314,24 +324,26 @@ def _backward_kv(
 
 
 def _configs_q(key: dict) -> list[Config]:
+    tiles: list[tuple[int, ...]]
     if key["dtype"] == "fp32":
-        tiles = [(64, 32, 8, 2), (32, 32, 4, 2)]
+        tiles = [(32, 32, 8, 2), (64, 32, 8, 2), (32, 32, 4, 2)]
     elif key["D"] > 64:
         tiles = [(64, 64, 4, 2), (128, 64, 8, 2), (128, 32, 8, 3)]
     elif has_long_rows(key):
-        tiles = [(128, 64, 4, 3), (128, 64, 4, 4), (64, 64, 4, 3), (64, 64, 4, 4), (128, 64, 8, 3)]
+        tiles = [(128, 64, 4, 3), (64, 64, 4, 3, 128), (64, 64, 4, 3), (128, 64, 8, 3)]
     else:
-        tiles = [(64, 64, 4, 3), (64, 64, 4, 4), (64, 128, 4, 2), (128, 64, 4, 3)]
+        tiles = [(64, 64, 4, 3, 128), (64, 64, 4, 3), (64, 128, 4, 2), (128, 64, 4, 3)]
     return configs_of(tiles)
 
 
 def _configs_kv(key: dict) -> list[Config]:
+    tiles: list[tuple[int, ...]]
     if key["dtype"] == "fp32":
-        tiles = [(64, 32, 4, 2), (32, 32, 8, 2)] if key["D"] <= 64 else [(64, 32, 8, 2)]
+        tiles = [(32, 32, 8, 2), (64, 32, 4, 2)] if key["D"] <= 64 else [(64, 32, 8, 2)]
     elif key["D"] > 64:
         tiles = [(64, 64, 8, 2), (32, 128, 8, 2), (64, 128, 8, 2)]
     else:
-        tiles = [(64, 64, 4, 3), (64, 64, 4, 4), (64, 64, 4, 2), (32, 128, 4, 3), (64, 128, 8, 3)]
+        tiles = [(64, 64, 4, 3, 168), (64, 64, 4, 3), (64, 64, 4, 2), (64, 128, 8, 3)]
     return configs_of(tiles)
 
 
@@ -370,6 +382,7 @@ def backward(
             key=key_of(call),
             EQUAL_ROWS=has_equal_rows(call),
             PADDED=call.padded,
+            SAME_STRIDES=has_same_strides(k, v),
             **constants,
         )
     if dk is not None or dv is not None:
@@ -387,5 +400,6 @@ def backward(
             EQUAL_ROWS=has_equal_rows(call),
             DK=dk is not None,
             DV=dv is not None,
+            SAME_STRIDES=has_same_strides(q, grad),
             **constants,
         )

@@ -1,0 +1,268 @@
+"""The benchmarks without a GPU: what is timed, what is refused, and what a report makes of results."""
+
+import json
+import os
+import subprocess
+import sys
+from contextlib import nullcontext
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+
+from benchmarks import (
+    bench_dual_stream,
+    bench_pyramid,
+    bench_temporal,
+    bench_temporal_conv,
+    cases,
+    conftest,
+    peers,
+    record,
+    report,
+)
+from benchmarks.harness import Prepared, WrongResultError
+from benchmarks.levels import LEVELS, SCALING, Level
+from univid.kernels import measured
+from univid.kernels.calls import TemporalConvCall
+from univid.ops import dispatch
+
+ROOT = Path(__file__).parent.parent
+TINY = Level(frames=4, tokens=5, heads=2, refs=2, channels=8, taps=3, dim=8)
+ENVIRONMENT = {
+    "date": "2026-11-23",
+    "gpu": "NVIDIA H200",
+    "architecture": "sm_90",
+    "driver": "1",
+    "torch": "2.11",
+    "triton": "3.6",
+    "cudnn": 9,
+    "gemm_tflops": 700.0,
+    "copy_gbs": 4000,
+}
+
+# --- what is timed ----------------------------------------------------------------------------------------------------
+
+
+def test_the_full_set_has_every_row_of_ours():
+    full = list(cases.cases())
+    keys = [json.dumps([case.file, case.head], sort_keys=True) for case in full]
+    assert len(keys) == len(set(keys))
+    for bench in cases.BENCHES:
+        for level in bench.SHAPES:
+            for variant in next(iter(cases.variants(bench).values()), ("",)):
+                for batch in bench.BATCHES:
+                    here = {
+                        (case.name, case.direction)
+                        for case in full
+                        if case[:4] == (bench, level, batch, variant) and case.implementation.backend
+                    }
+                    left_out = (variant, batch) == ("bias + residual", 1)
+                    assert left_out or here >= {("triton", "fwd"), ("triton", "bwd")}
+    assert {bench.OP for bench in cases.BENCHES} == set(report.UNITS) == set(record.MODULES)
+
+
+def test_a_backend_without_a_kernel_has_no_row():
+    for case in cases.cases():
+        if backend := case.implementation.backend:
+            direction = report.DIRECTIONS[case.direction]
+            assert direction in dispatch.directions(backend, record.MODULES[case.bench.OP])
+
+
+def test_a_file_is_written_when_it_is_complete(monkeypatch):
+    written = []
+    monkeypatch.setattr(record, "write", lambda name, rows: written.append((name, len(rows))))
+    results = conftest.Results(cases.cases())
+    norms = [case for case in cases.cases() if case.file == "group_norm_silu"]
+    for case in norms:
+        assert not written
+        results.add(case, case.head)
+    assert written == [("group_norm_silu", len(norms))]
+
+
+@pytest.mark.skipif(find_spec("pytest_benchmark") is None, reason="pytest-benchmark is not installed")
+def test_without_a_gpu_it_is_skipped():
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "benchmarks/", "--quick", "--op", "temporal_conv", "-q"],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        env={**os.environ, "CUDA_VISIBLE_DEVICES": ""},
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert " skipped" in done.stdout and " passed" not in done.stdout
+
+
+# --- what is refused --------------------------------------------------------------------------------------------------
+
+
+def check(problem, implementation):
+    return [Prepared(problem, implementation, direction, problem.tensors).check() for direction in ("fwd", "bwd")]
+
+
+def test_a_right_result_is_taken_and_a_wrong_one_is_not():
+    problem = bench_temporal.problem(TINY, 2, "cpu")
+    right = bench_temporal.implementations(TINY, 2)["torch"]
+    assert all(0 < error < 0.01 for error in check(problem, right))
+    wrong = right._replace(run=lambda t: right.run(t) * 1.05)
+    for direction in ("fwd", "bwd"):
+        with pytest.raises(WrongResultError, match=r"^\w+: relative error [45]\.\d+e-02, allowed "):
+            Prepared(problem, wrong, direction, problem.tensors).check()
+    nan = right._replace(run=lambda t: right.run(t) * torch.nan)
+    with pytest.raises(WrongResultError):
+        Prepared(problem, nan, "fwd", problem.tensors).check()
+    # Right in its output, wrong in one gradient.
+    detached = right._replace(run=lambda t: right.run(t | {"k": t["k"].detach()}) + 0 * t["k"])
+    with pytest.raises(WrongResultError, match=r"^k: "):
+        Prepared(problem, detached, "bwd", problem.tensors).check()
+
+
+def test_what_peers_prepare_and_leave_undone_is_checked_too(monkeypatch):
+    """The peers whose kernels the host has: their inputs or outputs may be of another shape than the operator's."""
+    for module in (peers, bench_temporal):
+        monkeypatch.setattr(module, "sdpa_kernel", lambda backend: nullcontext())
+    sizes = [(bench_temporal_conv, epilogue) for epilogue in bench_temporal_conv.VARIANTS["epilogue"]]
+    sizes += [(bench_pyramid, kind) for kind in bench_pyramid.VARIANTS["table"]]
+    for bench, *variant in [*sizes, (bench_dual_stream,), (bench_temporal,)]:
+        problem = bench.problem(TINY, 2, *variant, "cpu")
+        for name, peer in bench.implementations(TINY, 2, *variant).items():
+            if peer.backend is None and "Flash" not in name:
+                assert max(check(problem, peer)) < 0.01, (bench.OP, variant, name)
+
+
+# --- the report -------------------------------------------------------------------------------------------------------
+
+
+def row(op, level, direction, implementation, ms, **more):
+    row = {"op": op, "level": level, "direction": direction, "batch": 2, "implementation": implementation}
+    row |= {"deterministic": implementation == "triton"} if direction == "bwd" else {}
+    if ms is None:
+        return row | more | {"failure": "out of memory"}
+    values = {"ms": ms, "eager_ms": 2 * ms, "tflops": 100 / ms, "gbs": 1000 / ms, "peak_mb": 10.0, "error": 0.002}
+    return row | more | values
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    """A place of its own for all that a report reads and writes."""
+    for module in (record, report):
+        monkeypatch.setattr(module, "RESULTS", tmp_path / "results")
+    monkeypatch.setattr(record, "environment", lambda: ENVIRONMENT)
+    monkeypatch.setattr(report, "PAGE", tmp_path / "docs" / "benchmarks.md")
+    monkeypatch.setattr(report, "README", tmp_path / "README.md")
+    monkeypatch.setattr(measured, "PATH", tmp_path / "measured.json")
+    (tmp_path / "docs").mkdir()
+    (tmp_path / "README.md").write_text(f"before\n{report.BEGIN}\nold\n{report.END}\nafter\n")
+    for op, variant in (("temporal_conv", {"epilogue": "none"}), ("pyramid_st_attn", {"table": "per_frame"})):
+        rows = []
+        for level, peer in (("f1", 1.25), ("f2", 0.5)):
+            for direction in ("fwd", "bwd"):
+                rows += [
+                    row(op, level, direction, "triton", 1.0, **variant),
+                    row(op, level, direction, "torch", 0.75, **variant),
+                    row(op, level, direction, "a peer", peer, **variant),
+                ]
+        rows.append(row(op, "f1", "bwd", "torch", 0.9, **variant) | {"deterministic": True})
+        rows.append(row(op, "f1", "fwd", "reference", None, **variant))
+        record.write(op, rows, tmp_path / "results")
+    growth = [
+        row("pyramid_st_attn", level, direction, name, size.frames * size.refs / 64, table="per_frame") | {"batch": 1}
+        for level, size in SCALING.items()
+        for direction in ("fwd", "bwd")
+        for name in ("triton", "a peer")
+    ]
+    record.write("scaling", growth, tmp_path / "results")
+    return tmp_path
+
+
+@pytest.mark.skipif(find_spec("matplotlib") is None, reason="matplotlib is not installed")
+def test_report(folder):
+    assert report.main([]) == 0
+    page = (folder / "docs" / "benchmarks.md").read_text()
+    assert (
+        "| B = 2, none, forward | f1 | f2 |\n|---|---|---|\n| triton | 100 | 100 |\n| torch | **133** | 133 |" in page
+    )
+    assert "| a peer | 80 | **200** |" in page
+    assert "| *ours: times as fast as the best peer* | 1.67 | 0.67 |" in page
+    assert "| torch, deterministic | 111 | – |" in page
+    lost = "| `temporal_conv` | backward | f2 | 2 | none | torch 0.750 | a peer 0.500 | 50% |"
+    assert lost in page and lost.replace("f2", "f1") not in page
+    for kind in ("ratios", "growth"):
+        name = f"benchmarks-nvidia-h200-{kind}.svg"
+        assert f"]({name})" in page
+        plot = (folder / "docs" / name).read_text()
+        assert plot.count("<text") > 10 and len(plot) < 200_000
+    readme = (folder / "README.md").read_text()
+    assert readme.startswith("before\n") and readme.endswith("\nafter\n") and "old" not in readme
+    assert "| `pyramid_st_attn` forward, TFLOP/s | 133 / 80 | 133 / 200 | – / – | – / – |" in readme
+    # The same results, the same bytes.
+    before = {path: path.read_bytes() for path in folder.glob("docs/*")}
+    report.main([])
+    assert before == {path: path.read_bytes() for path in folder.glob("docs/*")}
+
+
+def test_check(folder, capsys):
+    assert report.main(["--check"]) == 0
+    assert capsys.readouterr().out == ""
+    path = folder / "results" / "nvidia-h200" / "temporal_conv.json"
+    path.write_text(path.read_text().replace('"sources_sha256": "', '"sources_sha256": "0'))
+    assert report.main(["--check"]) == 1
+    out = capsys.readouterr().out
+    assert out.endswith("temporal_conv.json: sources changed since; run: pytest benchmarks/ --op temporal_conv\n")
+    assert out.count("\n") == 1
+    assert not (folder / "docs" / "benchmarks.md").exists()
+
+
+def test_an_operators_sources_are_its_own():
+    names = {op: {path.name for path in record.sources(op)} for op in record.MODULES}
+    assert {"temporal.py", "temporal_fwd.cu", "temporal_bwd.cu"} <= names["temporal_attn"]
+    assert {"temporal_conv.py", "bench_temporal_conv.py"} <= names["temporal_conv"]
+    assert names["temporal_conv"] & names["temporal_attn"] == {"harness.py", "peers.py", "timing.py"}  # how it is timed
+
+
+# --- the choice of a backend ------------------------------------------------------------------------------------------
+
+
+def test_choices(folder):
+    """Torch was the fastest in both directions; but for attention its forward does not leave what a backward needs."""
+    classes = ("channels <= 512, taps = 3, no epilogue", "channels <= 1024, taps = 5, no epilogue")
+    faster = {"gpu": "NVIDIA H200", "temporal_conv": {d: dict.fromkeys(classes, "torch") for d in dispatch.DIRECTIONS}}
+    faster |= {"pyramid": {"backward": dict.fromkeys(("tokens <= 4096", "tokens <= 1024"), "torch")}}
+    assert report.choices(report.read()) == {"sm_90": faster}
+
+
+def times(**ms):
+    return {name: {"ms": value} for name, value in ms.items()}
+
+
+def test_a_backend_must_be_faster_by_a_margin_and_over_the_class():
+    def winner(*group):
+        return report._winner("temporal_conv", "forward", group)
+
+    assert winner(times(cuda=1.0, triton=0.9)) == "triton"
+    assert winner(times(cuda=1.0, triton=0.98)) is None
+    assert winner(times(cuda=1.0, triton=0.9), times(cuda=1.0, triton=1.3)) is None
+    # The first backend runs only some of them: where it runs, it was not measured against.
+    assert winner(times(cuda=1.0, triton=2.0, torch=1.5), times(triton=2.0, torch=1.5)) is None
+    # Another one that runs only some is passed over.
+    assert winner(times(cuda=1.0, triton=0.5, torch=0.8), times(cuda=1.0, torch=0.8)) == "torch"
+
+
+def test_a_call_and_a_level_are_of_the_same_class():
+    level = LEVELS["f2"]
+    x = torch.empty(1, 2, 3, level.channels)
+    weight = torch.empty(8, level.channels, level.taps)
+    for bias, epilogue in ((None, False), (torch.empty(8), True)):
+        sizes = dispatch._SIZES["temporal_conv"](TemporalConvCall(x, weight, bias, None))
+        expected = measured.shape_class("temporal_conv", channels=640, taps=5, epilogue=epilogue)
+        assert measured.shape_class("temporal_conv", **sizes) == expected
+    assert [measured.shape_class("pyramid", tokens=n) for n in (1, 2, 45, 64, 65)] == [
+        f"tokens <= {bound}" for bound in (1, 2, 64, 64, 128)
+    ]
+
+
+def test_committed_choices_follow_from_committed_results():
+    assert json.loads(measured.PATH.read_text()) == report.choices(report.read())

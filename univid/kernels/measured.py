@@ -1,0 +1,45 @@
+"""Which backend was measured to be the fastest, where that is not the first one: ``measured.json``.
+
+``python -m benchmarks.report`` writes it from the results in ``benchmarks/results/``: by architecture ("sm_90"), operator (a
+module's name), direction and class of shapes, the name of a backend. What is not in it was not measured, or is fastest
+on the first backend that can run it.
+"""
+
+import json
+from functools import cache
+from pathlib import Path
+
+PATH = Path(__file__).with_suffix(".json")
+
+# The sizes that decide, by operator.
+SIZES = {
+    "pyramid": ("tokens",),
+    "dual_stream": ("tokens",),
+    "temporal": ("frames",),
+    "temporal_conv": ("channels", "taps", "epilogue"),
+    "group_norm": ("tokens",),
+}
+
+
+def shape_class(operator: str, **sizes: int | bool) -> str:
+    """The class of a call's shapes: tokens, frames and channels up to a power of two, from half of it on; taps as they
+    are; whether there is an epilogue (bias or residual)."""
+
+    def term(name: str) -> str:
+        size = sizes[name]
+        if name == "epilogue":
+            return "epilogue" if size else "no epilogue"
+        return f"taps = {size}" if name == "taps" else f"{name} <= {1 << (size - 1).bit_length()}"
+
+    return ", ".join(map(term, SIZES[operator]))
+
+
+@cache
+def choices(architecture: str, operator: str, direction: str) -> dict[str, str]:
+    """{class of shapes: the backend that was fastest}."""
+    return _table().get(architecture, {}).get(operator, {}).get(direction, {})
+
+
+@cache
+def _table() -> dict:
+    return json.loads(PATH.read_text())
