@@ -34,6 +34,17 @@ TemporalShape temporal_shape(const Sizes& sizes, double scale, DType dtype) {
       dtype};
 }
 
+// B, T, N, H, D, Tk, Nk, R
+using PyramidSizes = std::array<int64_t, 8>;
+
+// (address, stride of B, of T)
+using Table = std::array<int64_t, 3>;
+
+PyramidShape pyramid_shape(const PyramidSizes& sizes, double scale, DType dtype) {
+  const auto [B, T, N, H, D, Tk, Nk, R] = sizes;
+  return {B, H, T, N, Tk, Nk, static_cast<int>(D), static_cast<int>(R), static_cast<float>(scale), dtype};
+}
+
 // Why this module's CUDA runtime cannot use any device, or nothing.
 std::optional<std::string> problem() {
   int count = 0;
@@ -76,16 +87,36 @@ PYBIND11_MODULE(_csrc, module) {
 
   module.def(
       "pyramid_st_attn_forward",
-      // sizes: B, T, N, H, D, Tk, Nk, R; table: address, stride of B, of T
-      [](const std::array<int64_t, 8>& sizes, double scale, DType dtype, const View& q, const View& k, const View& v,
-         const std::array<int64_t, 3>& table, bool one_query, uintptr_t out, uintptr_t logsumexp, int device,
-         uintptr_t stream) {
-        const auto [B, T, N, H, D, Tk, Nk, R] = sizes;
-        const PyramidShape shape{
-            B, H, T, N, Tk, Nk, static_cast<int>(D), static_cast<int>(R), static_cast<float>(scale), dtype};
-        pyramid_st_attn_forward({shape, tensor(q), tensor(k), tensor(v), pointer<const int32_t>(table[0]), table[1],
-                                 table[2], one_query, pointer<void>(out), pointer<float>(logsumexp)},
-                                device, stream_of(stream));
+      [](const PyramidSizes& sizes, double scale, DType dtype, const View& q, const View& k, const View& v,
+         const Table& table, bool one_query, uintptr_t out, uintptr_t logsumexp, int device, uintptr_t stream) {
+        pyramid_st_attn_forward(
+            {pyramid_shape(sizes, scale, dtype), tensor(q), tensor(k), tensor(v), pointer<const int32_t>(table[0]),
+             table[1], table[2], one_query, pointer<void>(out), pointer<float>(logsumexp)},
+            device, stream_of(stream));
+      },
+      no_gil);
+
+  module.def("pyramid_st_attn_workspace",
+             // asked: for dq, dk, dv
+             [](const PyramidSizes& sizes, double scale, DType dtype, bool one_query, const std::array<bool, 3>& asked,
+                bool deterministic) {
+               return pyramid_st_attn_workspace(pyramid_shape(sizes, scale, dtype), one_query, asked[0], asked[1],
+                                                asked[2], deterministic);
+             });
+
+  module.def(
+      "pyramid_st_attn_backward",
+      // inverse: address, stride of B
+      [](const PyramidSizes& sizes, double scale, DType dtype, const View& q, const View& k, const View& v,
+         const View& grad, const View& dq, const View& dk, const View& dv, const Table& table,
+         const std::array<int64_t, 2>& inverse, bool equal_rows, bool one_query, bool deterministic, uintptr_t out,
+         uintptr_t logsumexp, uintptr_t workspace, int device, uintptr_t stream) {
+        pyramid_st_attn_backward(
+            {pyramid_shape(sizes, scale, dtype), tensor(q), tensor(k), tensor(v), tensor(grad), tensor(dq), tensor(dk),
+             tensor(dv), pointer<const int32_t>(table[0]), table[1], table[2], pointer<const int32_t>(inverse[0]),
+             inverse[1], equal_rows, one_query, deterministic, pointer<const void>(out),
+             pointer<const float>(logsumexp), pointer<void>(workspace)},
+            device, stream_of(stream));
       },
       no_gil);
 }

@@ -1,9 +1,7 @@
 // pyramid_st_attn, forward, for Hopper: reference-frame attention with the gather in the copies' coordinates.
 //
 // A block takes 64 · kGroups queries of one (clip, head, row of the table) after another: one warp feeds it, kGroups
-// warpgroups of 64 queries compute. K and V come in tiles of kKeys, each made of boxes of `box_rows` tokens of one
-// frame: the box's frame coordinate is the table's entry. box_rows divides the frame where it can, so that nothing is
-// padded; else the last box of each frame ends in zeros, whose scores are struck out.
+// warpgroups of 64 queries compute. K and V come in tiles of kKeys, as pyramid_gather.cuh tells.
 //
 // A warpgroup has the product S = Q·Kᵀ of tile j and O += P·V of tile j - 1 under way together, exponentiates half of S
 // while the second still runs, and then the rest. The three take turns at starting products, so that one computes
@@ -23,65 +21,26 @@
 #include "hopper/tma.cuh"
 #include "hopper/wgmma.cuh"
 #include "pyramid.h"
+#include "pyramid_gather.cuh"
 
 namespace univid {
 namespace {
 
 using namespace hopper;
 
-constexpr int kGroups = 3;      // warpgroups that compute
-constexpr int kRows = 64;       // queries of each
-constexpr int kKeys = 96;       // of a tile
-constexpr int kStages = 6;      // tiles of K, and of V, in shared memory
-constexpr int kQSlots = 2;      // tiles of Q
-constexpr int kRowBytes = 128;  // a token's 64 elements
+constexpr int kGroups = 3;  // warpgroups that compute
+constexpr int kRows = 64;   // queries of each
+constexpr int kKeys = 96;   // of a tile
+constexpr int kStages = 6;  // tiles of K, and of V, in shared memory
+constexpr int kQSlots = 2;  // tiles of Q
 constexpr int kTileBytes = kRows * kRowBytes;
 constexpr int kKeyBytes = kKeys * kRowBytes;
 
-struct Arguments {
-  TensorMap q, k, v, out;
-  const int32_t* table;
-  int64_t table_stride_b, table_stride_t;
+struct Arguments : Gather {
+  TensorMap q, out;
   float* logsumexp;
-  int num_refs, key_frames;
-  int heads, groups, rows;         // the queries of a (clip, head): groups x rows
-  int tiles_per_group, num_tiles;  // of 64 · kGroups queries
-  int box_rows, boxes_per_tile, boxes_per_frame, last_box_rows;
-  int boxes_step;  // boxes_per_tile modulo boxes_per_frame
   float scale_log2;
 };
-
-// Which queries a tile holds.
-struct Place {
-  int clip, head, group, row;
-
-  __device__ Place(const Arguments& args, int tile, int tile_rows) {
-    row = tile % args.tiles_per_group * tile_rows;
-    tile /= args.tiles_per_group;
-    group = tile % args.groups;
-    tile /= args.groups;
-    head = tile % args.heads;
-    clip = tile / args.heads;
-  }
-};
-
-__device__ const int32_t* references(const Arguments& args, const Place& place) {
-  return args.table + place.clip * args.table_stride_b + place.group * args.table_stride_t;
-}
-
-__device__ bool exists(int key_frames, int frame) { return 0 <= frame && frame < key_frames; }
-
-// How many entries of a tile's row exist; by a whole warp.
-__device__ int count_references(const Arguments& args, const Place& place) {
-  const int32_t* refs = references(args, place);
-  int count = 0;
-  for (int r = 0; r < args.num_refs; r += 32) {
-    const int i = r + threadIdx.x % 32;
-    count += __popc(
-        __ballot_sync(~0u, i < args.num_refs && exists(args.key_frames, __ldg(refs + min(i, args.num_refs - 1)))));
-  }
-  return count;
-}
 
 struct Shared {
   alignas(1024) char q[kQSlots][kGroups][kTileBytes];
@@ -91,47 +50,6 @@ struct Shared {
   Ring<kQSlots> q_ring[kGroups];
   Ring<kStages> k_ring, v_ring;
 };
-
-// Reads the entries of a row of the table one after the other, past those that do not exist.
-class References {
- public:
-  __device__ References(const Arguments& args, const Place& place)
-      : entry_(references(args, place)), end_(entry_ + args.num_refs), key_frames_(args.key_frames) {
-    skip();
-  }
-  __device__ bool more() const { return entry_ < end_; }
-  __device__ int frame() const { return frame_; }
-  __device__ void advance() {
-    entry_++;
-    skip();
-  }
-
- private:
-  __device__ void skip() {
-    while (entry_ < end_ && !exists(key_frames_, frame_ = __ldg(entry_))) entry_++;
-  }
-
-  const int32_t *entry_, *end_;
-  int key_frames_, frame_ = 0;
-};
-
-// Starts the copies of a tile of K or V, once its slot is free, and goes on to the boxes after it.
-__device__ void load_keys(const Arguments& args, const TensorMap& map, const Place& place, References& refs, int& token,
-                          Ring<kStages>& ring, const Cursor<kStages>& at, char (&tiles)[kStages][kKeyBytes]) {
-  const int padded_tokens = args.boxes_per_frame * args.box_rows;
-  uint64_t* filled = &ring.filled[at.slot];
-  wait(&ring.free[at.slot], at.round ^ 1);
-  ptx::mbarrier_arrive_expect_tx(ptx::sem_release, ptx::scope_cta, ptx::space_shared, filled, kKeyBytes);
-  for (char* to = tiles[at.slot]; to < tiles[at.slot] + kKeyBytes; to += args.box_rows * kRowBytes) {
-    // Boxes past the last frame come as zeros, so that 0 · V is 0.
-    load_box(to, map, {refs.more() ? token : padded_tokens, place.head, refs.frame(), place.clip}, filled);
-    token += args.box_rows;
-    if (token == padded_tokens && refs.more()) {
-      token = 0;
-      refs.advance();
-    }
-  }
-}
 
 // The feeding thread.
 __device__ void produce(const Arguments& args, Shared& shared) {
@@ -144,8 +62,7 @@ __device__ void produce(const Arguments& args, Shared& shared) {
     for (int w = 0; w < kGroups; w++) {
       Ring<kQSlots>& ring = shared.q_ring[w];
       wait(&ring.free[q_at.slot], q_at.round ^ 1);
-      ptx::mbarrier_arrive_expect_tx(ptx::sem_release, ptx::scope_cta, ptx::space_shared, &ring.filled[q_at.slot],
-                                     kTileBytes);
+      expect(&ring.filled[q_at.slot], kTileBytes);
       load_box(shared.q[q_at.slot][w], args.q, {place.row + w * kRows, place.head, place.group, place.clip},
                &ring.filled[q_at.slot]);
     }
@@ -159,24 +76,6 @@ __device__ void produce(const Arguments& args, Shared& shared) {
       at.advance();
     }
   }
-}
-
-// Strikes out the scores of keys that do not exist. `first` is the index in its frame of the tile's first box, `left`
-// the number of boxes from it to the row's end.
-__device__ void mask(const Arguments& args, int first, int left, float (&s)[kKeys / 2]) {
-  const int boxes = args.boxes_per_tile;
-  const int column = threadIdx.x % 4 * 2;
-  uint32_t valid = 0;  // two bits for this lane's two columns of every eight
-  for (int i = 0; i < boxes; i++) {
-    const bool last = ++first == args.boxes_per_frame;  // of its frame
-    if (last) first = 0;
-    const int rows = i >= left ? 0 : last ? args.last_box_rows : args.box_rows;
-    const int columns = rows / 8 * 2 + min(max(rows % 8 - column, 0), 2);
-    valid |= ((1u << columns) - 1) << (args.box_rows / 4 * i);
-  }
-#pragma unroll
-  for (int i = 0; i < kKeys / 2; i++)
-    if (!(valid >> (i / 4 * 2 + i % 2) & 1)) s[i] = -INFINITY;
 }
 
 // A warpgroup of queries.
@@ -374,53 +273,18 @@ __global__ void __launch_bounds__((kGroups + 1) * 128, 1) forward(const __grid_c
   }
 }
 
-// Rows of a box: it divides a tile, is a multiple of 8 (the swizzle's period), and wastes least; the largest such.
-int choose_box_rows(int64_t tokens) {
-  int best = 0;
-  int64_t best_padded = 0;
-  for (int rows = kKeys; rows >= 16; rows -= 8) {
-    if (kKeys % rows != 0) continue;
-    const int64_t padded = (tokens + rows - 1) / rows * rows;
-    if (best == 0 || padded < best_padded) best = rows, best_padded = padded;
-  }
-  return best;
-}
-
 template <typename Element>
 void launch(const PyramidForward& call, int device, cudaStream_t stream) {
   const PyramidShape& shape = call.shape;
-  const int64_t groups = call.one_query ? 1 : shape.frames;
-  const int64_t rows = shape.frames * shape.tokens / groups;
-  const auto map = [&](const TensorView& tensor, int64_t frames, int64_t tokens, int box) {
-    return tensor_map(tensor, shape.dtype, shape.batch, frames, tokens, shape.heads, box);
+  Arguments args;
+  set_gather(args, call, kGroups * kRows, kKeys);
+  const auto map = [&](const TensorView& tensor) {
+    return tensor_map(tensor, shape.dtype, shape.batch, args.groups, args.rows, shape.heads, kRows);
   };
   const int64_t stride_n = shape.heads * shape.head_dim;
-  const TensorView out{call.out, shape.frames * shape.tokens * stride_n, rows * stride_n, stride_n, shape.head_dim};
-  const int box = choose_box_rows(shape.key_tokens);
-
-  Arguments args;
-  args.q = map(call.q, groups, rows, kRows);
-  args.k = map(call.k, shape.key_frames, shape.key_tokens, box);
-  args.v = map(call.v, shape.key_frames, shape.key_tokens, box);
-  args.out = map(out, groups, rows, kRows);
-  args.table = call.table;
-  args.table_stride_b = call.table_stride_b;
-  args.table_stride_t = call.table_stride_t;
+  args.q = map(call.q);
+  args.out = map({call.out, shape.frames * shape.tokens * stride_n, args.rows * stride_n, stride_n, shape.head_dim});
   args.logsumexp = call.logsumexp;
-  args.num_refs = shape.num_refs;
-  args.key_frames = static_cast<int>(shape.key_frames);
-  args.heads = static_cast<int>(shape.heads);
-  args.groups = static_cast<int>(groups);
-  args.rows = static_cast<int>(rows);
-  args.tiles_per_group = static_cast<int>((rows + kGroups * kRows - 1) / (kGroups * kRows));
-  const int64_t num_tiles = shape.batch * shape.heads * groups * args.tiles_per_group;
-  if (num_tiles > INT32_MAX / 2) throw std::invalid_argument("too many queries");
-  args.num_tiles = static_cast<int>(num_tiles);
-  args.box_rows = box;
-  args.boxes_per_tile = kKeys / box;
-  args.boxes_per_frame = static_cast<int>((shape.key_tokens + box - 1) / box);
-  args.boxes_step = args.boxes_per_tile % args.boxes_per_frame;
-  args.last_box_rows = static_cast<int>(shape.key_tokens - (args.boxes_per_frame - 1) * int64_t{box});
   args.scale_log2 = shape.scale * static_cast<float>(M_LOG2E);
 
   const auto kernel = forward<Element>;
@@ -428,7 +292,7 @@ void launch(const PyramidForward& call, int device, cudaStream_t stream) {
   prepare(once, kernel, device);
   int processors = 0;
   check(cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device), "cudaDeviceGetAttribute");
-  kernel<<<std::min<int64_t>(num_tiles, processors), (kGroups + 1) * 128, sizeof(Shared) + 1024, stream>>>(args);
+  kernel<<<std::min(args.num_tiles, processors), (kGroups + 1) * 128, sizeof(Shared) + 1024, stream>>>(args);
   check(cudaGetLastError(), "pyramid_st_attn forward");
 }
 

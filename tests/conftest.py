@@ -15,6 +15,8 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # Triton reads it as it
 @pytest.hookimpl(tryfirst=True)  # before pytest-xdist's
 def pytest_cmdline_main(config: pytest.Config) -> None:
     """``pytest -m gpu`` runs in several processes: most of its time goes to compiling kernels, on one core each."""
+    if hasattr(config, "workerinput"):  # one of them
+        return
     if config.option.markexpr != "gpu" or not config.pluginmanager.has_plugin("xdist") or not torch.cuda.is_available():
         return
     if config.option.numprocesses is None and not config.option.usepdb:

@@ -86,6 +86,82 @@ def test_a_launch(card):
     assert card.measured == []  # there is nothing to choose
 
 
+# --- launched again ---------------------------------------------------------------------------------------------------
+
+
+class Compiled:
+    """Stands for a compiled kernel, which is launched by its arguments in order."""
+
+    def __init__(self):
+        self.launches = []
+
+    def __getitem__(self, grid):
+        return lambda *args: self.launches.append((grid, args))
+
+
+class Jitted(Kernel):
+    """Stands for a jitted kernel that says what it has compiled."""
+
+    params = tuple(SimpleNamespace(name=n, default=None) for n in ("x", "size", "HEAD_DIM", "BLOCK", "num_warps"))
+
+    def __getitem__(self, grid):
+        def run(*args, **options):
+            self.launches.append((grid, args, options))
+            self.compiled = Compiled()
+            return self.compiled
+
+        return run
+
+
+@pytest.fixture
+def jitted(card, monkeypatch):
+    monkeypatch.setattr(launch, "CompiledKernel", Compiled)
+    return tuned(card, Jitted(), configs=[SMALL])
+
+
+def test_launched_again(jitted):
+    """Triton is not asked again what it has compiled; the grid follows the call."""
+    x = torch.empty(4, device="meta")
+    for programs in (5, 6):
+        jitted(lambda meta, p=programs: (p * meta["BLOCK"],), x, 7, key=KEY, HEAD_DIM=40)
+    assert len(jitted.kernel.launches) == 1
+    assert jitted.kernel.compiled.launches == [((96, 1, 1), (x, 7, 40, 16, 2))]
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        (torch.empty(4, device="meta", dtype=torch.float16), 7, 40),
+        (None, 7, 40),
+        (torch.empty(4, device="meta"), 8, 40),
+        (torch.empty(4, device="meta"), 7.0, 40),
+        (torch.empty(4, device="meta"), (7,), 40),
+        (torch.empty(4, device="meta"), 7, 48),
+    ],
+    ids=["dtype", "none", "integer", "float", "tuple", "constant"],
+)
+def test_asked_again_for_another(jitted, other):
+    like = torch.empty(4, device="meta")  # says the device
+    for x, size, dim in ((torch.empty(4, device="meta"), 7, 40), other):
+        jitted(lambda _: (1,), x, size, like, key=KEY, HEAD_DIM=dim)
+    assert len(jitted.kernel.launches) == 2
+
+
+def test_a_float_is_no_constant(jitted):
+    x = torch.empty(4, device="meta")
+    for scale in (0.5, 0.25):
+        jitted(lambda _: (1,), x, scale, key=KEY, HEAD_DIM=40)
+    assert len(jitted.kernel.launches) == 1
+    assert jitted.kernel.compiled.launches[0][1][1] == 0.25
+
+
+def test_alignment_is_part_of_what_is_compiled():
+    room = torch.empty(64, dtype=torch.uint8)
+    begin = -room.data_ptr() % 16
+    aligned, odd = launch._specialization(room[begin:]), launch._specialization(room[begin + 1 :])
+    assert aligned == launch._specialization(room[begin + 16 :]) != odd
+
+
 # --- the default ------------------------------------------------------------------------------------------------------
 
 

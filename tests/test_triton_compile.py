@@ -1,4 +1,4 @@
-"""The Triton kernels compiled for a Hopper card (sm_90) on a machine without a GPU: all compile, and at D = 64 none spills much.
+"""The Triton kernels compiled for a Hopper card (sm_90) on a machine without a GPU: all compile, and none spills much.
 
 Operators run with their default configurations on CPU tensors, under a driver that names the card as the target and launches nothing.
 """
@@ -73,7 +73,7 @@ CALLS: dict[str, Callable[[], torch.Tensor]] = {
     "group_norm-1280": partial(_group_norm, 1280, 45),
 }
 # Bytes of a thread's stack frame, where registers spill to. At 255 registers some invariants of a loop do.
-MAX_STACK = 640
+MAX_STACK = 448
 
 
 class _Hopper:
@@ -126,9 +126,5 @@ def test_compiles(name: str, compiled: list, tmp_path: Path):
     forward = len(compiled)
     out.backward(torch.zeros_like(out))
     assert 0 < forward < len(compiled)
-    if name.endswith(
-        "-80"
-    ):  # padded to 128, where dual_stream's dQ keeps more than the registers hold: slow, and not wrong
-        return
     stacks = {kernel.metadata.name: _stack(kernel, tmp_path) for kernel in compiled}
     assert max(stacks.values()) <= MAX_STACK, stacks

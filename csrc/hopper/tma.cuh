@@ -83,14 +83,25 @@ __device__ inline void wait(uint64_t* barrier, uint32_t parity) {
   }
 }
 
+// Before the copies that a barrier counts for its writer; it says how many bytes they bring.
+__device__ inline void expect(uint64_t* barrier, uint32_t bytes) {
+  ptx::mbarrier_arrive_expect_tx(ptx::sem_release, ptx::scope_cta, ptx::space_shared, barrier, bytes);
+}
+
+// By whole warps: a barrier counts one of each.
+__device__ inline void arrive_warp(uint64_t* barrier) {
+  __syncwarp();
+  if (threadIdx.x % 32 == 0) ptx::mbarrier_arrive(barrier);
+}
+
 // The `filled` and `free` barriers of a ring of tiles, and how they are walked: tile i lies in slot i % kSlots.
 template <int kSlots>
 struct Ring {
   uint64_t filled[kSlots], free[kSlots];
 
-  __device__ void init(uint32_t readers) {
+  __device__ void init(uint32_t readers, uint32_t writers = 1) {
     for (int i = 0; i < kSlots; i++) {
-      ptx::mbarrier_init(&filled[i], 1);
+      ptx::mbarrier_init(&filled[i], writers);
       ptx::mbarrier_init(&free[i], readers);
     }
   }

@@ -74,9 +74,30 @@ __device__ inline void pin(T (&registers)[kSize]) {
 
 UNIVID_WGMMA_32(multiply_by_rows, __nv_bfloat16, "bf16", "1")
 UNIVID_WGMMA_32(multiply_by_rows, __half, "f16", "1")
+UNIVID_WGMMA_32(multiply_by_columns, __nv_bfloat16, "bf16", "0")
+UNIVID_WGMMA_32(multiply_by_columns, __half, "f16", "0")
 UNIVID_WGMMA_48(multiply_by_columns, __nv_bfloat16, "bf16", "0")
 UNIVID_WGMMA_48(multiply_by_columns, __half, "f16", "0")
 
+// d = or += a · b, both in shared memory. BY_ROWS: a row of either tile is one element of the sum, else one row of a (a
+// column of d).
+#define UNIVID_WGMMA_SHARED(NAME, ELEMENT, TYPE, BY_ROWS)                                                              \
+  template <bool kAdd>                                                                                                 \
+  __device__ inline void NAME(ELEMENT, float (&d)[32], uint64_t a, uint64_t b) {                                       \
+    asm volatile(                                                                                                      \
+        "{ .reg .pred add; setp.ne.b32 add, %34, 0;\n"                                                                 \
+        "wgmma.mma_async.sync.aligned.m64n64k16.f32." TYPE "." TYPE " {" UNIVID_D32 "}, %32, %33, add, 1, 1, " BY_ROWS \
+        ", " BY_ROWS "; }"                                                                                             \
+        : UNIVID_F16(d, 0), UNIVID_F16(d, 16)                                                                          \
+        : "l"(a), "l"(b), "n"(int{kAdd}));                                                                             \
+  }
+
+UNIVID_WGMMA_SHARED(multiply_by_rows, __nv_bfloat16, "bf16", "1")
+UNIVID_WGMMA_SHARED(multiply_by_rows, __half, "f16", "1")
+UNIVID_WGMMA_SHARED(multiply_by_columns, __nv_bfloat16, "bf16", "0")
+UNIVID_WGMMA_SHARED(multiply_by_columns, __half, "f16", "0")
+
+#undef UNIVID_WGMMA_SHARED
 #undef UNIVID_WGMMA_48
 #undef UNIVID_WGMMA_32
 #undef UNIVID_WGMMA
@@ -85,12 +106,28 @@ UNIVID_WGMMA_48(multiply_by_columns, __half, "f16", "0")
 #undef UNIVID_D48
 #undef UNIVID_D32
 
-// d (64 x 96) = a (64 x 64, 16 registers) · tileᵀ: starts the products.
-template <typename Element>
-__device__ inline void multiply_transposed(float (&d)[48], const uint32_t (&a)[16], uint64_t tile) {
+// d (64 x 96 or 64 x 64) = a (64 x 64, 16 registers) · tileᵀ: starts the products.
+template <typename Element, int kSize>
+__device__ inline void multiply_transposed(float (&d)[kSize], const uint32_t (&a)[16], uint64_t tile) {
   multiply_by_columns<false>(Element{}, d, a, tile);
 #pragma unroll
   for (int i = 1; i < 4; i++) multiply_by_columns<true>(Element{}, d, a + 4 * i, tile + 2 * i);
+}
+
+// d (64 x 64) = a (a tile) · tileᵀ: starts the products.
+template <typename Element>
+__device__ inline void multiply_transposed(float (&d)[32], uint64_t a, uint64_t tile) {
+  multiply_by_columns<false>(Element{}, d, a, tile);
+#pragma unroll
+  for (int i = 1; i < 4; i++) multiply_by_columns<true>(Element{}, d, a + 2 * i, tile + 2 * i);
+}
+
+// d (64 x 64) = aᵀ · tile, both of kRows rows: starts the products.
+template <typename Element, int kRows>
+__device__ inline void multiply_of_transposed(float (&d)[32], uint64_t a, uint64_t tile) {
+  multiply_by_rows<false>(Element{}, d, a, tile);
+#pragma unroll
+  for (int i = 1; i < kRows / 16; i++) multiply_by_rows<true>(Element{}, d, a + 128 * i, tile + 128 * i);
 }
 
 // d (64 x 64) += a (64 x K, K / 4 registers) · tile: starts the products.
@@ -127,16 +164,23 @@ __device__ inline void load_tile(const void* tile, uint32_t (&a)[16], int warp, 
                  : "memory");
 }
 
-// Writes a warp's 16 rows of a 64 x 64 accumulator, rounded.
-template <typename Element>
-__device__ inline void store_tile(void* tile, const float (&d)[32], int warp, int lane) {
+// Writes a warp's 16 rows of a 64 x 64 tile, an operand.
+__device__ inline void store_tile(void* tile, const uint32_t (&a)[16], int warp, int lane) {
 #pragma unroll
   for (int i = 0; i < 4; i++)
     asm volatile(
         "stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(tile_address(tile, i, warp, lane)),
-        "r"(pack<Element>(d[8 * i], d[8 * i + 1])), "r"(pack<Element>(d[8 * i + 2], d[8 * i + 3])),
-        "r"(pack<Element>(d[8 * i + 4], d[8 * i + 5])), "r"(pack<Element>(d[8 * i + 6], d[8 * i + 7]))
+        "r"(a[4 * i]), "r"(a[4 * i + 1]), "r"(a[4 * i + 2]), "r"(a[4 * i + 3])
         : "memory");
+}
+
+// The same of an accumulator, rounded.
+template <typename Element>
+__device__ inline void store_tile(void* tile, const float (&d)[32], int warp, int lane) {
+  uint32_t a[16];
+#pragma unroll
+  for (int i = 0; i < 16; i++) a[i] = pack<Element>(d[2 * i], d[2 * i + 1]);
+  store_tile(tile, a, warp, lane);
 }
 
 }  // namespace univid::hopper

@@ -51,8 +51,8 @@ class StreamGrads(NamedTuple):
     ``dweight`` takes, per query row and head, rowsum(P∘dP), P being the softmax before the weight.
     """
 
-    dk: Tensor | None  # (B, L, H, D)
-    dv: Tensor | None  # (B, L, H, D)
+    dk: Tensor | None  # (B, L, H, D), contiguous
+    dv: Tensor | None  # (B, L, H, D), contiguous
     dweight: Tensor | None  # (B, H, T, N) float32, contiguous: not yet summed over heads
 
 
@@ -61,7 +61,7 @@ class DualStreamCall(NamedTuple):
     ``backward(call, grad, out, lse_text, lse_image, dq, text_grads, image_grads)``.
 
     out (B, T, N, H, D) in q's dtype; a logsumexp is (B, H, T, N) float32, or of shape (0,) where its stream is None. A
-    stream's grads are None where the stream is; at least one stream is there.
+    stream's grads are None where the stream is; at least one stream is there. dq is contiguous.
     """
 
     q: Tensor  # (B, T, N, H, D)

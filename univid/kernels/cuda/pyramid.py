@@ -1,4 +1,7 @@
-"""Pyramid attention through ``csrc/pyramid_fwd.cu`` (Hopper): a reference is a coordinate of the copies of K and V."""
+"""Pyramid attention through ``csrc/pyramid_{fwd,bwd,bwd_dq}.cu`` (Hopper): a frame is a coordinate of the copies.
+
+Not deterministic, the backward adds up dQ in float32 in no fixed order; deterministic, it takes a kernel more.
+"""
 
 import torch
 from torch import Tensor
@@ -31,29 +34,78 @@ def unsupported(call: PyramidCall) -> str | None:
 
 
 def forward(call: PyramidCall) -> tuple[Tensor, Tensor]:
-    q, k, table = call.q, call.k, call.table
+    q = call.q
     clips, frames, tokens, heads, _ = q.shape
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     logsumexp = torch.empty((clips, heads, frames, tokens), dtype=torch.float32, device=q.device)
-    strides = [stride if size > 1 else 0 for size, stride in zip(table.shape[:2], table.stride(), strict=False)]
-    one_query = table.shape[1] == 1 and (frames == 1 or q.stride(1) == tokens * q.stride(2))
     extension().pyramid_st_attn_forward(
-        (*q.shape, k.shape[1], k.shape[2], table.shape[2]),
-        call.scale,
-        getattr(extension().DType, _DTYPES[q.dtype]),
-        *map(_view, (q, k, call.v)),
-        (table.data_ptr(), *strides),
-        one_query,
+        *_shape(call),
+        *map(_view, (q, call.k, call.v)),
+        _table(call),
+        _is_one_query(call, q),
         out.data_ptr(),
         logsumexp.data_ptr(),
-        q.device.index,
-        torch.cuda.current_stream(q.device).cuda_stream,
+        *_place(call),
     )
     return out, logsumexp
 
 
-def _view(x: Tensor) -> tuple[int, ...]:
-    return (x.data_ptr(), *x.stride()[:4])
+def backward(
+    call: PyramidCall,
+    grad: Tensor,
+    out: Tensor,
+    logsumexp: Tensor,
+    dq: Tensor | None,
+    dk: Tensor | None,
+    dv: Tensor | None,
+) -> None:
+    q, inverse = call.q, call.inverse
+    if not _is_aligned(grad) or (grad.stride(2) == 0 and grad.shape[2] > 1):
+        grad = grad.contiguous()
+    one_query = _is_one_query(call, q, grad, *([] if dq is None else [dq]))
+    asked = tuple(x is not None for x in (dq, dk, dv))
+    size = extension().pyramid_st_attn_workspace(*_shape(call), one_query, asked, call.deterministic)
+    workspace = torch.empty(size, dtype=torch.uint8, device=q.device)
+    extension().pyramid_st_attn_backward(
+        *_shape(call),
+        *map(_view, (q, call.k, call.v, grad, dq, dk, dv)),
+        _table(call),
+        (0, 0) if inverse is None else (inverse.data_ptr(), inverse.stride(0) if inverse.shape[0] > 1 else 0),
+        call.table.shape[1] == 1,
+        one_query,
+        call.deterministic,
+        out.data_ptr(),
+        logsumexp.data_ptr(),
+        workspace.data_ptr(),
+        *_place(call),
+    )
+
+
+def _shape(call: PyramidCall) -> tuple:
+    q, k = call.q, call.k
+    sizes = (*q.shape, k.shape[1], k.shape[2], call.table.shape[2])
+    return sizes, call.scale, getattr(extension().DType, _DTYPES[q.dtype])
+
+
+def _table(call: PyramidCall) -> tuple[int, ...]:
+    table = call.table
+    strides = (stride if size > 1 else 0 for size, stride in zip(table.shape[:2], table.stride(), strict=False))
+    return (table.data_ptr(), *strides)
+
+
+def _is_one_query(call: PyramidCall, *queries: Tensor) -> bool:
+    """Whether T·N tokens can run as one long query: all frames share their row, and frames follow each other."""
+    frames, tokens = call.q.shape[1:3]
+    return call.table.shape[1] == 1 and (frames == 1 or all(x.stride(1) == tokens * x.stride(2) for x in queries))
+
+
+def _place(call: PyramidCall) -> tuple[int, int]:
+    device = call.q.device
+    return device.index, torch.cuda.current_stream(device).cuda_stream
+
+
+def _view(x: Tensor | None) -> tuple[int, ...]:
+    return (0,) * 5 if x is None else (x.data_ptr(), *x.stride()[:4])
 
 
 def _is_aligned(x: Tensor) -> bool:

@@ -6,18 +6,21 @@ The T·N queries of a clip are one long query. The keys of a (clip, head), 77 of
   BLOCK_L keys: at BLOCK_L = 64, 77 keys cost 64 + 16 columns and 257 cost 4·64 + 16. The cut is known when a kernel is
   compiled, from L rounded up to 16 (TEXT_KEYS, IMAGE_KEYS; 0 for an absent stream).
 * **Resident keys.** Where the keys and values of both streams fit into shared memory, a program loads them once and
-  loops over many query tiles, its loop over the keys unrolled (RESIDENT: how many programs run at once). Else
-  (RESIDENT = 0) a program has one query tile and streams the keys.
+  loops over many query tiles, its loop over the keys unrolled (RESIDENT: how many programs run at once): a tile's
+  scores are made before the softmax over the tile before it. Else (RESIDENT = 0) a program has one query tile and
+  streams the keys.
 * Each stream's sum is scaled by weight / rowsum when its keys have passed; the output is written once.
 
-Budget at D = 64 in bfloat16, 77 + 257 keys: 352 rows of keys and of values are 88 KB, 128 queries 16 KB. A thread of 8
-warps keeps 32 scores, 16 registers of probabilities, and 32 + 32 sums. With 128 registers a thread two programs share a
-multiprocessor, and one's exponentials overlap the other's products. The backward is in ``dual_stream_bwd.py``.
+Budget at D = 64 in bfloat16, 77 + 257 keys: 352 rows of keys and of values are 88 KB, twice 64 queries 16 KB; two
+programs share a multiprocessor. A thread of 4 warps keeps 2·32 scores, 16 registers of probabilities, and 32 + 32 sums, 140
+registers in all: descriptors of the many tiles, which LLVM would keep in 80 more, are made anew in every round
+(disable_licm). The backward is in ``dual_stream_bwd.py``.
 """
 
 import functools
 import math
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -26,7 +29,7 @@ from torch import Tensor
 
 from univid.kernels.calls import DualStreamCall, Stream, StreamGrads
 from univid.kernels.triton import launch
-from univid.kernels.triton.launch import DTYPES, Config, Tuned, cdiv
+from univid.kernels.triton.launch import DTYPES, Config, Tuned, cdiv, next_power_of_2
 
 LOG2E = tl.constexpr(math.log2(math.e))
 LN2 = tl.constexpr(math.log(2))
@@ -41,12 +44,12 @@ class Keys(NamedTuple):
 
     k: Tensor  # (B, L, H, D)
     v: Tensor  # (B, L, H, D)
-    length: int
     weight: Tensor | float  # (1 or B, 1 or T, 1 or N)
     logsumexp: Tensor  # (B, H, T, N) float32
     delta: Tensor | None  # (B, H, T, N) float32: rowsum(P∘dP), in the backward
-    dk: Tensor | None  # (splits, B, H, L, D) float32: partial sums, in the backward
+    dk: Tensor | None  # (splits, B, L, H, D), in the backward: float32 partial sums, or with one split the gradient
     dv: Tensor | None
+    length: int
     k_b: int
     k_l: int
     k_h: int
@@ -107,6 +110,13 @@ def query_pointers(x, strides, b, h, m, N, HEAD_DIM: tl.constexpr, ALIGNED: tl.c
         tokens = (m % N).to(tl.int64)
         offsets = frames * strides[1] + tokens * strides[2]
     return _row_pointers(x, b * strides[0] + h * strides[3], offsets, HEAD_DIM, ALIGNED)
+
+
+@triton.jit
+def row_pointers(x, rows, h, HEAD_DIM: tl.constexpr):
+    """To the rows of a contiguous (..., H, D) tensor."""
+    offsets = (rows * tl.num_programs(1) + h) * HEAD_DIM
+    return x + offsets[:, None] + tl.arange(0, padded(HEAD_DIM))[None, :]
 
 
 @triton.jit
@@ -181,84 +191,70 @@ def scores(a, b, valid, MASKED: tl.constexpr, KEY_AXIS: tl.constexpr):
 
 
 @triton.jit
-def _softmax_step(q, k, v, peak, total, acc, scale, valid, FIRST: tl.constexpr, MASKED: tl.constexpr):
-    """The online softmax over one more tile of keys; ``scale`` makes exponents of scores."""
-    s = scores(q, k, valid, MASKED, 1)
+def _softmax_step(s, v, peak, total, acc, scale, FIRST: tl.constexpr):
+    """The online softmax over one more tile of keys, whose scores are ``s``; ``scale`` makes exponents of scores."""
     highest = tl.max(s, 1) * scale
     if not FIRST:
         highest = tl.maximum(peak, highest)
-    p = power(s * scale - highest[:, None], q)
+    p = power(s * scale - highest[:, None], v)
     if FIRST:
         total = tl.sum(p, 1)
         acc = tl.dot(p.to(v.dtype), v, input_precision="ieee")
     else:
-        rescale = power(peak - highest, q)
+        rescale = power(peak - highest, v)
         total = total * rescale + tl.sum(p, 1)
         acc = tl.dot(p.to(v.dtype), v, acc * rescale[:, None], input_precision="ieee")
     return highest, total, acc
 
 
 @triton.jit
+def _first_scores(q, stream, tiles, KEYS: tl.constexpr, BLOCK_L: tl.constexpr):
+    """Of a stream's first tile of keys."""
+    return scores(q, tiles[0][0], stream.length, full_tiles(KEYS, BLOCK_L) == 0, 1)
+
+
+@triton.jit
 def _attend(
-    q,
-    stream,
-    tiles,
-    b,
-    h,
-    m,
-    M,
-    N,
-    scale,
-    KEYS: tl.constexpr,
-    HEAD_DIM: tl.constexpr,
-    ALIGNED: tl.constexpr,
-    BLOCK_L: tl.constexpr,
-    RESIDENT: tl.constexpr,
-):
-    """weight · softmax(scale·q·kᵀ)·v of one stream; writes its logsumexp."""
+    q, ahead, stream, tiles, next_stream, next_tiles, b, h, m, M, N, scale,
+    KEYS: tl.constexpr, NEXT_KEYS: tl.constexpr, HEAD_DIM: tl.constexpr, ALIGNED: tl.constexpr,
+    BLOCK_L: tl.constexpr, RESIDENT: tl.constexpr,
+):  # fmt: skip
+    """weight · softmax(scale·q·kᵀ)·v of one stream; writes its logsumexp.
+
+    RESIDENT: ``ahead`` holds the scores of its first tile, and comes back with those of the next stream's.
+    """
     FULL: tl.constexpr = full_tiles(KEYS, BLOCK_L)
     scale = exponent(scale, q)
     peak = tl.full(m.shape, float("-inf"), tl.float32)
     total = tl.zeros(m.shape, tl.float32)
     acc = tl.zeros(q.shape, tl.float32)
+    valid = stream.length - FULL * BLOCK_L
     if RESIDENT:
-        for i in tl.static_range(FULL):
-            k, v = tiles[i]
-            peak, total, acc = _softmax_step(q, k, v, peak, total, acc, scale, 0, i == 0, False)
-        k, v = tiles[FULL]
+        for i in tl.static_range(FULL + 1):
+            s = ahead
+            if i < FULL:
+                ahead = scores(q, tiles[i + 1][0], valid, i + 1 == FULL, 1)
+            elif NEXT_KEYS:
+                ahead = _first_scores(q, next_stream, next_tiles, NEXT_KEYS, BLOCK_L)
+            peak, total, acc = _softmax_step(s, tiles[i][1], peak, total, acc, scale, i == 0)
     else:
         for i in range(FULL):
             k, v = load_keys(stream, b, h, i * BLOCK_L, BLOCK_L, HEAD_DIM, ALIGNED)
-            peak, total, acc = _softmax_step(q, k, v, peak, total, acc, scale, 0, False, False)
+            peak, total, acc = _softmax_step(scores(q, k, 0, False, 1), v, peak, total, acc, scale, False)
         k, v = load_keys(stream, b, h, FULL * BLOCK_L, rest_tile(KEYS, BLOCK_L), HEAD_DIM, ALIGNED)
-    valid = stream.length - FULL * BLOCK_L
-    peak, total, acc = _softmax_step(q, k, v, peak, total, acc, scale, valid, FULL == 0, True)
+        peak, total, acc = _softmax_step(scores(q, k, valid, True, 1), v, peak, total, acc, scale, FULL == 0)
     if q.dtype != tl.float32:
         peak *= LN2
     tl.store(statistics_pointers(stream.logsumexp, b, h, m, M), peak + tl.log(total), m < M)
-    return acc * (load_weight(stream, b, m, M, N) / total)[:, None]
+    return acc * (load_weight(stream, b, m, M, N) / total)[:, None], ahead
 
 
 @triton.jit(do_not_specialize=["M", "N"])
 def _forward(
-    q_ptr,
-    out_ptr,
-    text,
-    image,
-    q_strides,
-    out_strides,
-    scale,
-    M,
-    N,
-    TEXT_KEYS: tl.constexpr,
-    IMAGE_KEYS: tl.constexpr,
-    HEAD_DIM: tl.constexpr,
-    ALIGNED: tl.constexpr,
-    FLAT: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_L: tl.constexpr,
-    RESIDENT: tl.constexpr,
-):
+    q_ptr, out_ptr, text, image, q_strides, scale, M, N,
+    TEXT_KEYS: tl.constexpr, IMAGE_KEYS: tl.constexpr, HEAD_DIM: tl.constexpr, ALIGNED: tl.constexpr,
+    FLAT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_L: tl.constexpr, RESIDENT: tl.constexpr,
+):  # fmt: skip
     b = tl.program_id(2).to(tl.int64)
     h = tl.program_id(1).to(tl.int64)
     text_tiles = ()
@@ -268,21 +264,33 @@ def _forward(
         image_tiles = load_all_keys(image, b, h, IMAGE_KEYS, BLOCK_L, HEAD_DIM, ALIGNED)
     # A program that streams its keys has one query tile: only the loop over the keys is worth pipelining.
     STAGES: tl.constexpr = None if RESIDENT else 1
-    for tile in tl.range(tl.program_id(0), tl.cdiv(M, BLOCK_M), tl.num_programs(0), num_stages=STAGES):
+    for tile in tl.range(
+        tl.program_id(0), tl.cdiv(M, BLOCK_M), tl.num_programs(0), num_stages=STAGES, disable_licm=True
+    ):
         m = tile * BLOCK_M + tl.arange(0, BLOCK_M)
         mask = row_mask(m < M, HEAD_DIM)
         q = tl.load(query_pointers(q_ptr, q_strides, b, h, m, N, HEAD_DIM, ALIGNED, FLAT), mask, 0.0)
         result = tl.zeros(q.shape, tl.float32)
+        ahead = 0
+        if RESIDENT:
+            if IMAGE_KEYS:
+                ahead = _first_scores(q, image, image_tiles, IMAGE_KEYS, BLOCK_L)
+            else:
+                ahead = _first_scores(q, text, text_tiles, TEXT_KEYS, BLOCK_L)
         # The image first, it being the longer one: its result waits in registers while the other's grows.
         if IMAGE_KEYS:
-            result += _attend(
-                q, image, image_tiles, b, h, m, M, N, scale, IMAGE_KEYS, HEAD_DIM, ALIGNED, BLOCK_L, RESIDENT
-            )
+            part, ahead = _attend(
+                q, ahead, image, image_tiles, text, text_tiles, b, h, m, M, N, scale, IMAGE_KEYS, TEXT_KEYS,
+                HEAD_DIM, ALIGNED, BLOCK_L, RESIDENT,
+            )  # fmt: skip
+            result += part
         if TEXT_KEYS:
-            result += _attend(
-                q, text, text_tiles, b, h, m, M, N, scale, TEXT_KEYS, HEAD_DIM, ALIGNED, BLOCK_L, RESIDENT
-            )
-        pointers = query_pointers(out_ptr, out_strides, b, h, m, N, HEAD_DIM, ALIGNED, FLAT)
+            part, ahead = _attend(
+                q, ahead, text, text_tiles, None, (), b, h, m, M, N, scale, TEXT_KEYS, 0,
+                HEAD_DIM, ALIGNED, BLOCK_L, RESIDENT,
+            )  # fmt: skip
+            result += part
+        pointers = row_pointers(out_ptr, b * M + m, h, HEAD_DIM)
         tl.store(pointers, result.to(out_ptr.dtype.element_ty), mask)
 
 
@@ -303,10 +311,12 @@ def _configs(key: dict) -> list[Config]:
     programs = MULTIPROCESSORS * key["resident"]
     if programs == 0:
         return streamed
-    shared = registers(128) if key["resident"] == 2 else {}  # two programs a multiprocessor
+    if programs == MULTIPROCESSORS:
+        return [Config({"BLOCK_M": 128, "BLOCK_L": 64, "RESIDENT": programs}, num_warps=8, num_stages=1), *streamed]
+    # With two stages the queries of the next tile arrive while this one is worked on.
     return [
-        Config({"BLOCK_M": 128, "BLOCK_L": 64, "RESIDENT": programs, **shared}, num_warps=8, num_stages=1),
-        Config({"BLOCK_M": 64, "BLOCK_L": 64, "RESIDENT": programs}, num_warps=4, num_stages=1),
+        Config({"BLOCK_M": 64, "BLOCK_L": 64, "RESIDENT": programs}, num_warps=4, num_stages=2),
+        Config({"BLOCK_M": 128, "BLOCK_L": 64, "RESIDENT": MULTIPROCESSORS}, num_warps=8, num_stages=2),
         *streamed[:2],
     ]
 
@@ -329,19 +339,20 @@ def forward(call: DualStreamCall) -> tuple[Tensor, Tensor, Tensor]:
         q.new_empty((0,) if stream is None else (clips, heads, frames, tokens), dtype=torch.float32)
         for stream in (call.text, call.image)
     )
+    plan = plan_of(call)
     _FORWARD(
-        query_grid(call),
+        plan.query_grid,
         q,
         out,
-        keys_of(call.text, lse_text),
-        keys_of(call.image, lse_image),
-        strides_of(q),
-        strides_of(out),
+        keys_of(call.text, plan.text, lse_text),
+        keys_of(call.image, plan.image, lse_image),
+        *plan.strides,
         call.scale,
-        frames * tokens,
-        tokens,
-        key=key_of(call),
-        **constants_of(call, q, out),
+        plan.rows,
+        plan.tokens,
+        key=plan.key,
+        **plan.lengths,
+        **plan.constants,
     )
     return out, lse_text, lse_image
 
@@ -361,8 +372,104 @@ def backward(
     dual_stream_bwd.backward(call, grad, lse_text, lse_image, dq, text_grads, image_grads)
 
 
+class Plan(NamedTuple):
+    """What launches need besides memory; it follows from shapes and strides, and is worked out once for each."""
+
+    clips: int
+    heads: int
+    rows: int  # T·N
+    tokens: int  # N
+    keys: int  # of both streams
+    strides: tuple[tuple[int, ...], ...]  # of q, and of the gradient in the backward
+    text: tuple[Any, ...]  # what follows the tensors in Keys; empty for an absent stream
+    image: tuple[Any, ...]
+    query_grid: Callable[[dict], tuple[int, int, int]]  # programs along x share the query tiles of a head of a clip
+    key: dict  # what the best configuration depends on
+    lengths: dict[str, int]  # constexprs
+    constants: dict
+
+
+def plan_of(call: DualStreamCall, grad: Tensor | None = None) -> Plan:
+    q, text, image, _ = call
+    rows = (q.stride(),) if grad is None else (q.stride(), grad.stride())
+    return _plan(q.shape, q.dtype, q.device, rows, layout_of(text), layout_of(image))
+
+
+def layout_of(stream: Stream | None) -> tuple | None:
+    """A stream's number of keys, and the strides of its keys and values and of its weight, if that is a tensor."""
+    if stream is None:
+        return None
+    k, v, weight = stream
+    of_weight = (weight.shape, weight.stride()) if isinstance(weight, Tensor) else None
+    return k.shape[1], k.stride(), v.stride(), of_weight
+
+
+@functools.lru_cache(4096)
+def _plan(
+    shape: torch.Size,
+    dtype: torch.dtype,
+    device: torch.device,
+    row_strides: tuple,
+    text: tuple | None,
+    image: tuple | None,
+) -> Plan:
+    clips, frames, tokens, heads, head_dim = shape
+    strides = [_strides(shape, x) for x in row_strides]
+    text_sizes, image_sizes = (_sizes(shape, stream) for stream in (text, image))
+    text_keys, image_keys = (0 if stream is None else cdiv(stream[0], 16) * 16 for stream in (text, image))
+    resident = _resident_programs(dtype, device, head_dim, text_keys, image_keys)
+    read = [stride for x in strides for stride in x[:-1]] + [
+        x for sizes in (text_sizes, image_sizes) for x in sizes[1:7]
+    ]
+
+    def grid(meta: dict) -> tuple[int, int, int]:
+        tiles = cdiv(frames * tokens, meta["BLOCK_M"])
+        return sharing(tiles, clips * heads, meta["RESIDENT"]) if meta["RESIDENT"] else tiles, heads, clips
+
+    return Plan(
+        clips,
+        heads,
+        frames * tokens,
+        tokens,
+        sum(stream[0] for stream in (text, image) if stream is not None),
+        tuple(x[:4] for x in strides),
+        text_sizes,
+        image_sizes,
+        grid,
+        {
+            "dtype": DTYPES[dtype],
+            "D": next_power_of_2(max(16, head_dim)),
+            "resident": resident,
+            "keys": next_power_of_2(text_keys + image_keys),
+            "rows": next_power_of_2(clips * heads * frames * tokens),
+        },
+        {"TEXT_KEYS": text_keys, "IMAGE_KEYS": image_keys},
+        {
+            "HEAD_DIM": head_dim,
+            "ALIGNED": all(stride % 8 == 0 for stride in read),
+            "FLAT": frames == 1 or all(t == tokens * n for _, t, n, *_ in strides),
+        },
+    )
+
+
+def _sizes(shape: torch.Size, stream: tuple | None) -> tuple[Any, ...]:
+    """What follows the tensors in ``Keys``."""
+    if stream is None:
+        return ()
+    length, k_strides, v_strides, weight = stream
+    keys = (shape[0], length, *shape[3:])
+    of_weight = (None, None, None) if weight is None else _strides(*weight)
+    return length, *_strides(keys, k_strides)[:3], *_strides(keys, v_strides)[:3], *of_weight
+
+
+def _strides(shape: Sequence[int], strides: Sequence[int]) -> tuple[int, ...]:
+    """Strides, 0 along dimensions of one element."""
+    return tuple(stride if size > 1 else 0 for size, stride in zip(shape, strides, strict=True))
+
+
 def keys_of(
     stream: Stream | None,
+    sizes: tuple[Any, ...],
     logsumexp: Tensor,
     delta: Tensor | None = None,
     dk: Tensor | None = None,
@@ -371,50 +478,11 @@ def keys_of(
     if stream is None:
         return None
     k, v, weight = stream
-    k_b, k_l, k_h, _ = strides_of(k)
-    v_b, v_l, v_h, _ = strides_of(v)
-    w_b, w_t, w_n = strides_of(weight) if isinstance(weight, Tensor) else (None, None, None)
-    return Keys(k, v, k.shape[1], weight, logsumexp, delta, dk, dv, k_b, k_l, k_h, v_b, v_l, v_h, w_b, w_t, w_n)
-
-
-def strides_of(x: Tensor) -> tuple[int, ...]:
-    """Its strides, 0 along dimensions of one element."""
-    return tuple(stride if size > 1 else 0 for size, stride in zip(x.shape, x.stride(), strict=True))
-
-
-def constants_of(call: DualStreamCall, *rows: Tensor | None) -> dict:
-    """The constexprs of every kernel; ``rows`` are the (B, T, N, H, D) tensors that it reads and writes."""
-    _, frames, tokens, _, head_dim = call.q.shape
-    keys = [x for stream in (call.text, call.image) if stream is not None for x in (stream.k, stream.v)]
-    row_strides = [strides_of(x) for x in rows if x is not None]
-    strides = row_strides + [strides_of(x) for x in keys]
-    return {
-        "TEXT_KEYS": padded_keys(call.text),
-        "IMAGE_KEYS": padded_keys(call.image),
-        "HEAD_DIM": head_dim,
-        "ALIGNED": all(stride % 8 == 0 for x in strides for stride in x[:-1]),
-        "FLAT": frames == 1 or all(t == tokens * n for _, t, n, *_ in row_strides),
-    }
-
-
-def padded_keys(stream: Stream | None) -> int:
-    """L rounded up to 16; 0 for an absent stream."""
-    return 0 if stream is None else cdiv(stream.k.shape[1], 16) * 16
-
-
-def query_grid(call: DualStreamCall):
-    """Programs along x share the query tiles of a head of a clip."""
-    clips, frames, tokens, heads, _ = call.q.shape
-
-    def grid(meta: dict) -> tuple[int, int, int]:
-        tiles = cdiv(frames * tokens, meta["BLOCK_M"])
-        return _sharing(tiles, clips * heads, meta["RESIDENT"]) if meta["RESIDENT"] else tiles, heads, clips
-
-    return grid
+    return Keys(k, v, weight, logsumexp, delta, dk, dv, *sizes)
 
 
 @functools.lru_cache(1024)
-def _sharing(tiles: int, heads: int, slots: int) -> int:
+def sharing(tiles: int, heads: int, slots: int) -> int:
     """How many programs share a head's query tiles, ``slots`` running at once, so that the last is done soonest.
 
     Loading the keys counts as one tile.
@@ -422,27 +490,15 @@ def _sharing(tiles: int, heads: int, slots: int) -> int:
     return min(range(1, min(tiles, slots) + 1), key=lambda n: cdiv(n * heads, slots) * (cdiv(tiles, n) + 1))
 
 
-def key_of(call: DualStreamCall) -> dict:
-    """What the best configuration depends on."""
-    clips, frames, tokens, heads, head_dim = call.q.shape
-    return {
-        "dtype": DTYPES[call.q.dtype],
-        "D": padded(head_dim),
-        "resident": _resident_programs(call),
-        "keys": triton.next_power_of_2(padded_keys(call.text) + padded_keys(call.image)),
-        "rows": triton.next_power_of_2(clips * heads * frames * tokens),
-    }
-
-
-def _resident_programs(call: DualStreamCall) -> int:
+def _resident_programs(dtype: torch.dtype, device: torch.device, head_dim: int, text_keys: int, image_keys: int) -> int:
     """How many programs, each with all keys and values, a multiprocessor holds: 0, 1 or 2."""
-    streams = [keys for keys in (padded_keys(call.text), padded_keys(call.image)) if keys]
-    if call.q.element_size() != 2 or sum(streams) > 768:  # more would be too much code, unrolled
+    streams = [keys for keys in (text_keys, image_keys) if keys]
+    if dtype.itemsize != 2 or sum(streams) > 768:  # more would be too much code, unrolled
         return 0
     keys = sum(full_tiles(n, 64) * 64 + rest_tile(n, 64) for n in streams)
     # With them 128 rows of queries (or 64 of queries and of gradients), and 4 KB for what warps exchange.
-    needed = (2 * keys + 128) * 2 * padded(call.q.shape[-1]) + 4096
-    return min(2, _shared_memory(call.q.device.index) // needed)
+    needed = (2 * keys + 128) * 2 * padded(head_dim) + 4096
+    return min(2, _shared_memory(device.index) // needed)
 
 
 @functools.cache

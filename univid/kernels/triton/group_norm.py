@@ -19,6 +19,7 @@ With z = x̂·weight + bias and dz its gradient: dx = rstd·(dz·weight − mean
 """
 
 from collections.abc import Callable
+from functools import cache
 from typing import Any, NamedTuple
 
 import torch
@@ -28,7 +29,7 @@ from torch import Tensor
 
 from univid.kernels.calls import GroupNormSiluCall
 from univid.kernels.triton import launch
-from univid.kernels.triton.launch import Config, Tuned, cdiv
+from univid.kernels.triton.launch import Config, Tuned, cdiv, next_power_of_2
 
 _SLAB_BYTES, _SLAB_BYTES_BACKWARD = 32 << 10, 16 << 10
 _LOG2E = tl.constexpr(1.4426950408889634)
@@ -371,14 +372,19 @@ class Slab(NamedTuple):
 def _fitting_slab(call: GroupNormSiluCall, max_bytes: int) -> Slab | None:
     """The slab in aligned runs of up to 512 bytes that pads the least, if one fits in ``max_bytes``."""
     _, tokens, channels = call.x.shape
-    width, itemsize = channels // call.num_groups, call.x.element_size()
-    rows = triton.next_power_of_2(tokens)
+    return _best_slab(tokens, channels, call.num_groups, call.x.element_size(), max_bytes)
+
+
+@cache
+def _best_slab(tokens: int, channels: int, num_groups: int, itemsize: int, max_bytes: int) -> Slab | None:
+    width = channels // num_groups
+    rows = next_power_of_2(tokens)
     best = None
-    for groups in range(1, call.num_groups + 1):
-        run, columns = groups * width, triton.next_power_of_2(groups * width)
+    for groups in range(1, num_groups + 1):
+        run, columns = groups * width, next_power_of_2(groups * width)
         if rows * columns * itemsize > max_bytes or run * itemsize > 512:
             break
-        if (run * itemsize < 64 and groups < call.num_groups) or tokens * run < 0.6 * rows * columns:
+        if (run * itemsize < 64 and groups < num_groups) or tokens * run < 0.6 * rows * columns:
             continue
         merit = (run * itemsize % 16 == 0, run / columns, -groups)
         if best is None or merit > best[0]:
@@ -387,7 +393,7 @@ def _fitting_slab(call: GroupNormSiluCall, max_bytes: int) -> Slab | None:
         return None
     _, groups, columns = best
     warps = min(max(rows * columns * itemsize // 2048, 1), 16)
-    return Slab(groups, triton.next_power_of_2(groups), columns, rows, warps)
+    return Slab(groups, next_power_of_2(groups), columns, rows, warps)
 
 
 def _slab_configs(key: dict) -> list[Config]:
@@ -460,7 +466,7 @@ def forward(call: GroupNormSiluCall) -> tuple[Tensor, Tensor, Tensor]:
         *(moments, mean, rstd, rows, num_groups, call.eps),
         key=key,
         WIDTH=width,
-        SLOTS=triton.next_power_of_2(width),
+        SLOTS=next_power_of_2(width),
         ROWS=part,
     )
     _NORMALIZE(parts, x, mean, rstd, call.weight, call.bias, out, *ends, key=key, **constants)
@@ -506,7 +512,7 @@ def backward(
             *(chunk_sums, call.weight, sums, means, affine[0], chunk_sums.shape[1], num_groups, rows * width),
             key=key,
             WIDTH=width,
-            SLOTS=triton.next_power_of_2(width),
+            SLOTS=next_power_of_2(width),
         )
         if dx is not None:
             strides = (*strides, _strides(dx), *affine)

@@ -16,13 +16,14 @@ import threading
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
 import triton
 from torch import Tensor
-
-cdiv = triton.cdiv
+from triton.compiler import CompiledKernel
 
 DTYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
 
@@ -36,7 +37,7 @@ class Config:
     num_warps: int = 4
     num_stages: int = 2
 
-    @property
+    @cached_property
     def name(self) -> str:
         tiles = " ".join(f"{k}={v}" for k, v in self.constants.items())
         return f"{tiles} num_warps={self.num_warps} num_stages={self.num_stages}"
@@ -52,28 +53,52 @@ class Tuned:
     def __init__(self, kernel, configs: Callable[[dict], list[Config]]):
         self.kernel = kernel
         self.configs = configs
+        self._defaults: dict[tuple, Config] = {}  # (device, *key) -> the first configuration
         self._chosen: dict[tuple, Config] = {}  # (device, *key) -> the winner
+        self._launches: dict[tuple, _Launch] = {}  # (device, configuration, specialization) -> what runs
         self._lock = threading.Lock()
 
     def __call__(self, grid: Callable[[dict], tuple], *args, key: dict, **constants) -> None:
         device = next(a.device for a in args if isinstance(a, Tensor))
         with _on(device):
             config = self._choose(device, key, lambda config: self._run(config, grid, args, constants))
-            self._run(config, grid, args, constants)
+            index = (device.index, config.name, *constants.items(), *map(_specialization, args))
+            launch = self._launches.get(index)
+            if launch is None:
+                compiled = self._run(config, grid, args, constants)
+                self._remember(index, compiled, config, constants, len(args))
+            else:
+                launch.compiled[(*grid(launch.meta), 1, 1)[:3]](*args, *launch.constants)
 
-    def _run(self, config: Config, grid: Callable[[dict], tuple], args: tuple, constants: dict) -> None:
+    def _run(self, config: Config, grid: Callable[[dict], tuple], args: tuple, constants: dict) -> Any:
         meta = {**constants, **config.constants}
-        self.kernel[grid(meta)](*args, **meta, num_warps=config.num_warps, num_stages=config.num_stages)
+        return self.kernel[grid(meta)](*args, **meta, num_warps=config.num_warps, num_stages=config.num_stages)
+
+    def _remember(self, index: tuple, compiled: Any, config: Config, constants: dict, given: int) -> None:
+        """What Triton compiled for the arguments like these is launched without asking it again, which takes longer than
+        many kernels run."""
+        if not isinstance(compiled, CompiledKernel):  # none in the interpreter
+            return
+        if len(self._launches) >= 4096:  # of sizes that never come back
+            self._launches.clear()
+        meta = {**constants, **config.constants}
+        values = {**meta, "num_warps": config.num_warps, "num_stages": config.num_stages}
+        rest = tuple(values.get(p.name, p.default) for p in self.kernel.params[given:])
+        self._launches[index] = _Launch(compiled, meta, rest)
 
     def _choose(self, device: torch.device, key: dict, run: Callable[[Config], None]) -> Config:
-        if device.type == "cpu" or not autotunes():
-            return self.configs(key)[0]
         index = (device, *key.items())
+        if not autotunes() or device.type == "cpu":
+            config = self._defaults.get(index)
+            if config is None:
+                config = self._defaults[index] = self.configs(key)[0]
+            return config
         config = self._chosen.get(index)
         if config is not None:
             return config
         configs = self.configs(key)
         if len(configs) == 1:
+            self._chosen[index] = configs[0]
             return configs[0]
         with self._lock:
             if index not in self._chosen:
@@ -109,6 +134,36 @@ class Tuned:
         identity = f"{self.kernel.cache_key} {triton.__version__} {card}"
         digest = hashlib.sha256(identity.encode()).hexdigest()[:16]
         return Path(_cache_folder()) / "univid" / f"{self.kernel.__name__.strip('_')}-{digest}.json"
+
+
+def cdiv(a: int, b: int) -> int:
+    """a / b, rounded up. Triton's own takes microseconds on the host, as all its functions for constants do."""
+    return -(-a // b)
+
+
+def next_power_of_2(n: int) -> int:
+    """The smallest power of 2 that is at least ``n``."""
+    return 1 << (n - 1).bit_length()
+
+
+class _Launch(NamedTuple):
+    """A compiled kernel, what its grid follows from, and the constants behind its arguments."""
+
+    compiled: CompiledKernel
+    meta: dict[str, Any]
+    constants: tuple
+
+
+def _specialization(argument: Any) -> Any:
+    """What Triton compiles for, of an argument, or more: arguments that agree in it run the same compiled kernel."""
+    kind = type(argument)
+    if kind is int or argument is None:
+        return argument
+    if isinstance(argument, Tensor):
+        return argument.dtype, argument.data_ptr() % 16
+    if isinstance(argument, tuple):
+        return tuple([_specialization(x) for x in argument])
+    return kind if kind is float else argument
 
 
 def autotunes() -> bool:

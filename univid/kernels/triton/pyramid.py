@@ -27,7 +27,7 @@ from torch import Tensor
 
 from univid.kernels.calls import PyramidCall
 from univid.kernels.triton import launch
-from univid.kernels.triton.launch import Config, Tuned, cdiv
+from univid.kernels.triton.launch import Config, Tuned, cdiv, next_power_of_2
 
 LOG2E = tl.constexpr(math.log2(math.e))
 LN2 = tl.constexpr(math.log(2))
@@ -382,8 +382,8 @@ def key_of(call: PyramidCall) -> dict:
     return {
         "dtype": launch.DTYPES[call.q.dtype],
         "D": _padded(dim),
-        "queries": triton.next_power_of_2(tokens),
-        "keys": triton.next_power_of_2(call.k.shape[2]),
+        "queries": next_power_of_2(tokens),
+        "keys": next_power_of_2(call.k.shape[2]),
         "equal_rows": has_equal_rows(call),
     }
 
@@ -403,4 +403,4 @@ def configs_of(tiles: list[tuple[int, ...]]) -> list[Config]:
 
 def _padded(dim: int) -> int:
     """A tile's extent along the head dimension."""
-    return max(16, triton.next_power_of_2(dim))
+    return max(16, next_power_of_2(dim))

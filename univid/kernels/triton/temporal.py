@@ -336,16 +336,16 @@ def _launch(call: TemporalCall, *tensors: Tensor | None):
     """The grid, and the key and constants, of a launch that touches these tensors."""
     clips, frames, tokens, heads, dim = call.q.shape
     # The head dimension's products take at least 16.
-    constants = {"HEAD_DIM": dim, "BLOCK_D": max(16, triton.next_power_of_2(dim))}
+    constants = {"HEAD_DIM": dim, "BLOCK_D": max(16, launch.next_power_of_2(dim))}
     constants["ALIGN"] = 1 if any(s % 8 for strides in _strides(*tensors) for s in strides) else 8
     constants["BLOCK"] = block = 32 if call.q.dtype == torch.float32 else 64
     if frames <= block:
-        constants["SLOT"] = triton.next_power_of_2(frames)
+        constants["SLOT"] = launch.next_power_of_2(frames)
         programs = clips * cdiv(tokens * heads, block // constants["SLOT"])
     else:
         programs = clips * tokens * heads * cdiv(frames, block)
     asked = "".join(str(int(tensor is not None)) for tensor in tensors[4:])
-    key = {"dtype": launch.DTYPES[call.q.dtype], "D": constants["BLOCK_D"], "T": triton.next_power_of_2(frames)}
+    key = {"dtype": launch.DTYPES[call.q.dtype], "D": constants["BLOCK_D"], "T": launch.next_power_of_2(frames)}
     return lambda _: (programs, 1, 1), {"key": key | {"asked": asked}, **constants}
 
 

@@ -1,0 +1,164 @@
+// How kernels of pyramid attention that stay with their queries read keys and values: the gather is a coordinate.
+//
+// The queries of a (clip, head) are `groups` rows of the table with `rows` queries each, taken in tiles. K and V come
+// in tiles of kKeys tokens, each made of boxes of `box_rows` tokens of one frame, whose frame coordinate is the table's
+// entry. box_rows divides the frame where it can, so that nothing is padded; else the last box of each frame ends in
+// zeros, whose scores are struck out.
+#pragma once
+
+#include <cmath>
+
+#include "hopper/tma.cuh"
+#include "pyramid.h"
+
+namespace univid::hopper {
+
+constexpr int kRowBytes = 128;  // a token's 64 elements
+
+struct Gather {
+  TensorMap k, v;
+  const int32_t* table;
+  int64_t table_stride_b, table_stride_t;
+  int num_refs, key_frames;
+  int heads, groups, rows;
+  int tiles_per_group, num_tiles;  // of queries
+  int box_rows, boxes_per_tile, boxes_per_frame, last_box_rows;
+  int boxes_step;  // boxes_per_tile modulo boxes_per_frame
+};
+
+// Rows of a box: it divides a tile, is a multiple of 8 (the swizzle's period), and wastes least; the largest such.
+inline int choose_box_rows(int64_t tokens, int keys) {
+  int best = 0;
+  int64_t best_padded = 0;
+  for (int rows = keys; rows >= 16; rows -= 8) {
+    if (keys % rows != 0) continue;
+    const int64_t padded = (tokens + rows - 1) / rows * rows;
+    if (best == 0 || padded < best_padded) best = rows, best_padded = padded;
+  }
+  return best;
+}
+
+// Of a PyramidForward or PyramidBackward, for tiles of `tile_rows` queries and `keys` keys.
+template <typename Call>
+void set_gather(Gather& gather, const Call& call, int tile_rows, int keys) {
+  const PyramidShape& shape = call.shape;
+  const int64_t groups = call.one_query ? 1 : shape.frames;
+  const int64_t rows = shape.frames * shape.tokens / groups;
+  const int box = choose_box_rows(shape.key_tokens, keys);
+  for (auto [map, tensor] : {std::pair{&gather.k, &call.k}, std::pair{&gather.v, &call.v}})
+    *map = tensor_map(*tensor, shape.dtype, shape.batch, shape.key_frames, shape.key_tokens, shape.heads, box);
+  gather.table = call.table;
+  gather.table_stride_b = call.table_stride_b;
+  gather.table_stride_t = call.table_stride_t;
+  gather.num_refs = shape.num_refs;
+  gather.key_frames = static_cast<int>(shape.key_frames);
+  gather.heads = static_cast<int>(shape.heads);
+  gather.groups = static_cast<int>(groups);
+  gather.rows = static_cast<int>(rows);
+  gather.tiles_per_group = static_cast<int>((rows + tile_rows - 1) / tile_rows);
+  const int64_t num_tiles = shape.batch * shape.heads * groups * gather.tiles_per_group;
+  if (num_tiles > INT32_MAX / 2) throw std::invalid_argument("too many queries");
+  gather.num_tiles = static_cast<int>(num_tiles);
+  gather.box_rows = box;
+  gather.boxes_per_tile = keys / box;
+  gather.boxes_per_frame = static_cast<int>((shape.key_tokens + box - 1) / box);
+  gather.boxes_step = gather.boxes_per_tile % gather.boxes_per_frame;
+  gather.last_box_rows = static_cast<int>(shape.key_tokens - (gather.boxes_per_frame - 1) * int64_t{box});
+}
+
+// Which queries a tile holds.
+struct Place {
+  int clip, head, group, row;
+
+  __device__ Place(const Gather& args, int tile, int tile_rows) {
+    row = tile % args.tiles_per_group * tile_rows;
+    tile /= args.tiles_per_group;
+    group = tile % args.groups;
+    tile /= args.groups;
+    head = tile % args.heads;
+    clip = tile / args.heads;
+  }
+};
+
+__device__ inline const int32_t* references(const Gather& args, const Place& place) {
+  return args.table + place.clip * args.table_stride_b + place.group * args.table_stride_t;
+}
+
+__device__ inline bool exists(int key_frames, int frame) { return 0 <= frame && frame < key_frames; }
+
+// How many entries of a tile's row exist; by a whole warp.
+__device__ inline int count_references(const Gather& args, const Place& place) {
+  const int32_t* refs = references(args, place);
+  int count = 0;
+  for (int r = 0; r < args.num_refs; r += 32) {
+    const int i = r + threadIdx.x % 32;
+    count += __popc(
+        __ballot_sync(~0u, i < args.num_refs && exists(args.key_frames, __ldg(refs + min(i, args.num_refs - 1)))));
+  }
+  return count;
+}
+
+// Reads the entries of a row of the table one after the other, past those that do not exist.
+class References {
+ public:
+  __device__ References(const Gather& args, const Place& place)
+      : entry_(references(args, place)), end_(entry_ + args.num_refs), key_frames_(args.key_frames) {
+    skip();
+  }
+  __device__ bool more() const { return entry_ < end_; }
+  __device__ int frame() const { return frame_; }
+  __device__ void advance() {
+    entry_++;
+    skip();
+  }
+
+ private:
+  __device__ void skip() {
+    while (entry_ < end_ && !exists(key_frames_, frame_ = __ldg(entry_))) entry_++;
+  }
+
+  const int32_t *entry_, *end_;
+  int key_frames_, frame_ = 0;
+};
+
+// Starts the copies of a tile of K or V, once its slot is free, and goes on to the boxes after it.
+template <int kBytes, int kStages>
+__device__ inline void load_keys(const Gather& args, const TensorMap& map, const Place& place, References& refs,
+                                 int& token, Ring<kStages>& ring, const Cursor<kStages>& at,
+                                 char (&tiles)[kStages][kBytes]) {
+  const int padded_tokens = args.boxes_per_frame * args.box_rows;
+  uint64_t* filled = &ring.filled[at.slot];
+  wait(&ring.free[at.slot], at.round ^ 1);
+  expect(filled, kBytes);
+  for (char* to = tiles[at.slot]; to < tiles[at.slot] + kBytes; to += args.box_rows * kRowBytes) {
+    // Boxes past the last frame come as zeros, so that 0 · V is 0.
+    load_box(to, map, {refs.more() ? token : padded_tokens, place.head, refs.frame(), place.clip}, filled);
+    token += args.box_rows;
+    if (token == padded_tokens && refs.more()) {
+      token = 0;
+      refs.advance();
+    }
+  }
+}
+
+// Strikes out the scores of keys that do not exist. `first` is the index in its frame of the tile's first box, `left`
+// the number of boxes from it to the row's end.
+template <int kScores>
+__device__ inline void mask(const Gather& args, int first, int left, float (&s)[kScores]) {
+  static_assert(kScores < 64);
+  const int boxes = args.boxes_per_tile;
+  const int column = threadIdx.x % 4 * 2;
+  uint32_t valid = 0;  // two bits for this lane's two columns of every eight
+  for (int i = 0; i < boxes; i++) {
+    const bool last = ++first == args.boxes_per_frame;  // of its frame
+    if (last) first = 0;
+    const int rows = i >= left ? 0 : last ? args.last_box_rows : args.box_rows;
+    const int columns = rows / 8 * 2 + min(max(rows % 8 - column, 0), 2);
+    valid |= ((1u << columns) - 1) << (args.box_rows / 4 * i);
+  }
+#pragma unroll
+  for (int i = 0; i < kScores; i++)
+    if (!(valid >> (i / 4 * 2 + i % 2) & 1)) s[i] = -INFINITY;
+}
+
+}  // namespace univid::hopper
