@@ -16,7 +16,7 @@ from univid.ops import BACKENDS, dispatch
 
 Tensors = dict[str, Tensor]
 
-# Their kernels use no atomics; PyTorch's may, unless told otherwise.
+# As a rule; PyTorch's kernels may add in any order, unless told otherwise.
 ALWAYS_DETERMINISTIC = ("cuda", "triton")
 
 

@@ -518,3 +518,87 @@ def test_image_adapter(tmp_path):
     again = ImageAdapter.from_pretrained(tmp_path)
     assert torch.equal(again(tokens), only(tokens))
     assert sum(p.numel() for p in ImageAdapter().parameters()) == 1280 * 1281 + 1280 * 1024 + 3 * 1024
+
+
+# --- on a card -------------------------------------------------------------------------------------------------------------------
+
+CARD = replace(TINY, channels=(64, 128), head_dim=64, norm_groups=32)  # a head dimension that every kernel takes
+
+
+def on_card(dtype=torch.bfloat16, **choices):
+    """A U-Net, and arguments for it."""
+    unet = random_unet(CARD, **choices).to("cuda", dtype)
+    return unet, [x.to("cuda", dtype if x.is_floating_point() else None) for x in inputs(size=(6, 10), config=CARD)]
+
+
+def gradients(unet, x, *rest):
+    x = x.detach().requires_grad_()
+    out = unet(x, *rest, fps=8, refs=unet.reference_frames(x.shape[1], x.device, torch.Generator().manual_seed(0)))
+    names, parameters = zip(*unet.named_parameters(), strict=True)
+    results = torch.autograd.grad(out.float().pow(2).mean(), (x, *parameters))
+    return {"out": out.detach(), "x": results[0], **dict(zip(names, results[1:], strict=True))}
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("backend", [None, "triton", "torch"])
+def test_backends_agree_on_a_card(backend):
+    """None: the CUDA kernels where there are some. Their error is that of the definition rounded to bfloat16, twice at most."""
+    unet, given = on_card(backend="reference")
+    yardstick = gradients(unet, *given)
+    exact = gradients(unet.float(), *(x.float() if x.is_floating_point() else x for x in given))
+    results = gradients(on_card(backend=backend)[0], *given)
+    for name, expected in exact.items():
+        size = expected.norm()
+        allowed = 2 * (yardstick[name].float() - expected).norm() + 2**-7 * size
+        assert (results[name].float() - expected).norm() <= allowed, name
+
+
+@pytest.mark.gpu
+@torch.no_grad()
+def test_cuda_graph():
+    unet, (x, t, text, image) = on_card()
+    keys = unet.condition(text, image)
+    static = x.clone(), t.clone()
+    unet(*static, *keys, fps=8.0)  # compiles, and builds the tables
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = unet(*static, *keys, fps=8.0)
+    for seed in (1, 2):
+        static[0].copy_(torch.randn(x.shape, generator=torch.Generator().manual_seed(seed)))
+        static[1].fill_(100 * seed)
+        graph.replay()
+        assert torch.equal(out, unet(*static, *keys, fps=8.0))
+
+
+@pytest.mark.gpu
+@torch.no_grad()
+def test_compiled_on_a_card():
+    unet, given = on_card()
+    compiled = torch.compile(unet, fullgraph=True)
+    assert relative(compiled(*given, fps=8.0).float(), unet(*given, fps=8.0).float()) < 2e-2
+
+
+@pytest.mark.gpu
+@pytest.mark.xdist_group("memory")
+@torch.no_grad()
+def test_is_stable_diffusion_at_full_size(tmp_path, monkeypatch):
+    """With the weights of a file; float32 without TF32."""
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+    with torch.device("cuda"):
+        theirs = UNet2DConditionModel(
+            block_out_channels=(320, 640, 1280, 1280),
+            attention_head_dim=[5, 10, 20, 20],
+            cross_attention_dim=1024,
+            use_linear_projection=True,
+        ).eval()
+    theirs.save_pretrained(tmp_path)
+    ours = load_sd21(tmp_path).cuda()
+    x, text = torch.randn(1, 2, 4, 40, 72, device="cuda"), torch.randn(1, 77, 1024, device="cuda")
+    t = torch.tensor([999], device="cuda")
+    for dtype, within in ((torch.float32, 1e-4), (torch.bfloat16, 5e-2)):
+        both = [unet.to(dtype) for unet in (theirs, ours)]
+        expected = both[0](x[0].to(dtype), t, text.to(dtype).expand(2, -1, -1)).sample
+        for frames in (1, 2):
+            refs = {f: ReferenceFrames.window(frames, 0).to("cuda") for f in (1, 2, 4, 8)} if frames > 1 else None
+            out = both[1](x[:, :frames].to(dtype), t, text.to(dtype), refs=refs)[0]
+            assert relative(out.float(), expected[:frames].float()) < within

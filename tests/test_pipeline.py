@@ -36,13 +36,19 @@ SETTINGS = Settings(num_frames=3, height=16, width=32, fps=4, steps=2, guidance_
 RED = np.full((20, 30, 3), (255, 0, 0), np.uint8)
 
 
-def make(seed: int = 0) -> UniVidPipeline:
-    torch.manual_seed(seed)
-    config = UNetConfig.load("tiny")
-    unet = UNet(dataclasses.replace(config, backend="torch"))
+def make_unet(backend: str | None) -> UNet:
+    torch.manual_seed(0)
+    unet = UNet(dataclasses.replace(UNetConfig.load("tiny"), backend=backend))
     for parameter in unet.parameters():  # the temporal modules too: nothing stays the identity
         if not parameter.any():
             torch.nn.init.normal_(parameter, std=0.02)
+    return unet.eval()
+
+
+def make() -> UniVidPipeline:
+    unet = make_unet("torch")
+    config = unet.config
+    torch.manual_seed(1)
     vae = AutoencoderKL(
         block_out_channels=(8, 8),
         down_block_types=("DownEncoderBlock2D",) * 2,
@@ -280,3 +286,19 @@ def test_from_sd21(pipe, tmp_path):
 def test_bad_input(pipe, given, error):
     with pytest.raises((ValueError, TypeError, FileNotFoundError), match=error):
         frames(pipe, **given)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("given", [{"prompt": "a cat"}, {"prompt": "a cat", "image": RED}], ids="+".join)
+def test_on_a_card(given):
+    """The kernels, and CUDA graphs from the second step on, against the CPU; in float32."""
+    cards = make()
+    cards.unet = make_unet(backend=None)
+    cards.to("cuda")
+    expected = frames(make(), **given, steps=4).astype(int)
+    got = frames(cards, **given, steps=4).astype(int)
+    assert np.abs(got - expected).mean() < 0.5
+    assert np.abs(got - expected).max() <= 4
+    low = make().enable_low_memory().to("cuda")
+    assert np.abs(frames(low, **given, steps=4).astype(int) - expected).mean() < 0.5
+    assert {p.device.type for p in low.unet.parameters()} == {"cpu"}
