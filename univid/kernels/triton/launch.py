@@ -25,6 +25,8 @@ import triton
 from torch import Tensor
 from triton.compiler import CompiledKernel
 
+_HIP = torch.version.hip is not None  # whose compiler takes 32-bit offsets for tensors under 2 GiB
+
 DTYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
 
 
@@ -160,7 +162,7 @@ def _specialization(argument: Any) -> Any:
     if kind is int or argument is None:
         return argument
     if isinstance(argument, Tensor):
-        return argument.dtype, argument.data_ptr() % 16
+        return argument.dtype, argument.data_ptr() % 16, _HIP and argument.untyped_storage().size() >= 2**31
     if isinstance(argument, tuple):
         return tuple([_specialization(x) for x in argument])
     return kind if kind is float else argument
