@@ -328,6 +328,9 @@ def unsupported(call: DualStreamCall) -> str | None:
     head_dim = call.q.shape[-1]
     if head_dim % 8 or head_dim > 128:
         return f"head dimension {head_dim}: a multiple of 8 up to 128 needed"
+    clips, heads = call.q.shape[0], call.q.shape[3]
+    if max(clips, heads) > 65535:  # a grid's second and third sizes
+        return f"{clips} clips of {heads} heads: at most 65535 of each needed"
     return launch.unsupported(call.q)
 
 

@@ -333,12 +333,13 @@ def _add_partials(partials, gradients, sizes, splits, BLOCK: tl.constexpr):
     """Adds up to four gradients' partial sums (splits, size), one behind the other; y says which gradient."""
     index = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     for i in tl.static_range(len(sizes)):
+        size = tl.cast(sizes[i], tl.int64)
         if tl.program_id(1) == i:
             total = tl.zeros([BLOCK], tl.float32)
             for split in range(splits):
-                total += tl.load(partials + split * sizes[i] + index, index < sizes[i], 0.0)
-            tl.store(gradients[i] + index, total.to(gradients[i].dtype.element_ty), index < sizes[i])
-        partials += splits * sizes[i]
+                total += tl.load(partials + split * size + index, index < size, 0.0)
+            tl.store(gradients[i] + index, total.to(gradients[i].dtype.element_ty), index < size)
+        partials += splits * size
 
 
 # --- launching -------------------------------------------------------------------------------------------------------
