@@ -51,24 +51,43 @@ inline int shared_memory_limit(int device) {
   return bytes;
 }
 
-// Gives `kernel` all the shared memory of the current device, once per device. Each kernel has a `once` of its own.
+// What is done to kernels before their first launch on a device. Each kernel has a `once` of its own.
 constexpr int kMaxDevices = 64;
 using OncePerDevice = std::array<std::once_flag, kMaxDevices>;
 
+// While it lives, this thread may load kernels during a capture, which its default mode forbids.
+class RelaxedCapture {
+ public:
+  RelaxedCapture() { check(cudaThreadExchangeStreamCaptureMode(&mode_), "cudaThreadExchangeStreamCaptureMode"); }
+  ~RelaxedCapture() { cudaThreadExchangeStreamCaptureMode(&mode_); }
+  RelaxedCapture(const RelaxedCapture&) = delete;
+  RelaxedCapture& operator=(const RelaxedCapture&) = delete;
+
+ private:
+  cudaStreamCaptureMode mode_ = cudaStreamCaptureModeRelaxed;
+};
+
+// Loads kernels on the current device, which their first launch would else do.
+template <typename... Kernels>
+void load(OncePerDevice& once, int device, Kernels*... kernels) {
+  std::call_once(once.at(device), [&] {
+    const RelaxedCapture relaxed;
+    cudaFuncAttributes attributes;
+    (check(cudaFuncGetAttributes(&attributes, reinterpret_cast<const void*>(kernels)), "cudaFuncGetAttributes"), ...);
+  });
+}
+
+// Gives `kernel` all the shared memory of the current device.
 template <typename Kernel>
 void prepare(OncePerDevice& once, Kernel* kernel, int device) {
   std::call_once(once.at(device), [&] {
-    // A kernel's first use loads it, which a capture in its default mode forbids.
-    cudaStreamCaptureMode mode = cudaStreamCaptureModeRelaxed;
-    check(cudaThreadExchangeStreamCaptureMode(&mode), "cudaThreadExchangeStreamCaptureMode");
+    const RelaxedCapture relaxed;
     const void* function = reinterpret_cast<const void*>(kernel);
-    cudaError_t error =
-        cudaFuncSetAttribute(function, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_memory_limit(device));
-    if (error == cudaSuccess)
-      error = cudaFuncSetAttribute(function, cudaFuncAttributePreferredSharedMemoryCarveout,
-                                   cudaSharedmemCarveoutMaxShared);
-    cudaThreadExchangeStreamCaptureMode(&mode);
-    check(error, "cudaFuncSetAttribute");
+    check(cudaFuncSetAttribute(function, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_memory_limit(device)),
+          "cudaFuncSetAttribute");
+    check(
+        cudaFuncSetAttribute(function, cudaFuncAttributePreferredSharedMemoryCarveout, cudaSharedmemCarveoutMaxShared),
+        "cudaFuncSetAttribute");
   });
 }
 

@@ -115,7 +115,7 @@ struct Workspace {
 };
 
 bool is_flat(const PyramidShape& shape, const TensorView& tensor) {
-  return tensor.data == nullptr || tensor.stride_t == shape.key_tokens * tensor.stride_n;
+  return tensor.data == nullptr || (tensor.stride_n != 0 && tensor.stride_t == shape.key_tokens * tensor.stride_n);
 }
 
 template <typename Element, class C>
@@ -181,6 +181,8 @@ void launch(const PyramidBackward& call, int device, cudaStream_t stream) {
   const Workspace workspace(call, queries, fused);
   const int heads = static_cast<int>(shape.heads), groups = static_cast<int>(queries.groups),
             rows = static_cast<int>(queries.rows), per_group = static_cast<int>(queries.per_group);
+  static OncePerDevice once;
+  load(once, device, prepare_queries<Element>, finish_dq<Element>);
   prepare_queries<Element><<<static_cast<unsigned>(queries.count), 256, 0, stream>>>(
       static_cast<const Element*>(call.out), call.grad, call.logsumexp, workspace.statistics,
       reinterpret_cast<float4*>(workspace.dq), workspace.next_tile, heads, groups, rows, per_group);

@@ -284,11 +284,21 @@ __device__ void add_dq(const Arguments& args, Shared<C>& shared) {
 
 // How often the row that all queries share lists a key.
 __device__ float weight_of(const Arguments& args, const Tile& tile, int frame, int row) {
-  if (row >= args.key_rows) return 0;
+  if (frame < 0 || row >= args.key_rows) return 0;
   if (!args.equal_rows) return 1;
   if (args.lists != args.key_frames) frame = row / args.key_tokens;
   const int32_t* offsets = args.inverse + tile.clip * args.inverse_stride_b + frame;
   return static_cast<float>(__ldg(offsets + 1) - __ldg(offsets));
+}
+
+// Zeros in those of a warp's 16 rows of a tile whose weight is 0, by four lanes a row (as they have `weights`).
+__device__ void clear_unlisted(char* tile, const float (&weights)[2], int warp, int lane) {
+#pragma unroll
+  for (int i = 0; i < 2; i++)
+    if (weights[i] == 0) {
+      uint4* to = reinterpret_cast<uint4*>(tile + (warp * 16 + lane / 4 + 8 * i) * 128 + lane % 4 * 32);
+      to[0] = to[1] = uint4{};
+    }
 }
 
 // Those of a tile's statistics that belong to a lane's columns of an accumulator.
@@ -310,8 +320,8 @@ __device__ void consume(const Arguments& args, Shared<C>& shared, int w) {
   float dk[32], dv[32], s[32], dp[32];
   uint32_t v[16], p[16], ds[16];
 
+  const auto meet = [&] { asm volatile("bar.sync %0, 128;" ::"r"(1 + w) : "memory"); };
   const auto store = [&](const float (&d)[32], const TensorMap& map, const Tile& tile) {
-    const auto meet = [&] { asm volatile("bar.sync %0, 128;" ::"r"(1 + w) : "memory"); };
     if (leader) ptx::cp_async_bulk_wait_group_read(ptx::n32_t<0>());
     meet();
     store_tile<Element>(shared.out[w], d, warp, lane);
@@ -337,6 +347,13 @@ __device__ void consume(const Arguments& args, Shared<C>& shared, int w) {
       const bool plain = __all_sync(~0u, weights[0] == 1 && weights[1] == 1);
       wait(&shared.k_ring.filled[k_at.slot], k_at.round);
       wait(&shared.v_ring.filled[v_at.slot], v_at.round);
+      if (args.equal_rows && args.lists != args.key_frames) {
+        // Tiles across frames have keys that are not listed, and 0 times what is not finite would not be 0.
+        clear_unlisted(shared.k[k_at.slot][w], weights, warp, lane);
+        clear_unlisted(shared.v[v_at.slot][w], weights, warp, lane);
+        ptx::fence_proxy_async(ptx::space_shared);
+        meet();
+      }
       const uint64_t k_tile = tile_descriptor(shared.k[k_at.slot][w]);
       const uint64_t v_tile = tile_descriptor(shared.v[v_at.slot][w]);
       if constexpr (C::kVInRegisters) {

@@ -126,6 +126,9 @@ CASES = [
     PyramidCase(id="grad-ones", grad="ones"),
     PyramidCase(id="grad-transposed", grad="transposed", **ONCE),
     PyramidCase(id="grad-sliced", grad="sliced"),
+    PyramidCase(id="grad-shifted", grad="shifted"),
+    PyramidCase(id="shared-unaligned-rest", T=3, N=70, refs=torch.tensor([2, 0])),
+    PyramidCase(id="one-token-expanded", N=1, refs=ReferenceFrames.all(5), layouts=("expanded12", "contiguous", "contiguous")),
     PyramidCase(id="scaled", scale=0.3),
     PyramidCase(id="logits-1e4", **LARGE_LOGITS, interpreted=(FP16,), small={"H": 1}),
     PyramidCase(id="logits-1e4-dense", **LARGE_LOGITS, refs=ReferenceFrames.all(5)),
@@ -259,3 +262,22 @@ def test_entries_out_of_range(backend: str, dtype: torch.dtype):
         out = pyramid_st_attn(**leaves, refs=refs.cuda(), backend=backend, deterministic=True)
         results.append((out, *torch.autograd.grad(out, list(leaves.values()), torch.ones_like(out))))
     assert all(torch.equal(*pair) for pair in zip(*results, strict=True))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("deterministic", [False, True])
+@pytest.mark.parametrize("backend", ["triton", "cuda"])
+def test_unlisted_frame_is_not_read(backend: str, deterministic: bool):
+    """What is not finite in a frame that nobody lists reaches nothing, also where a tile of keys goes across frames."""
+    inputs, _ = PyramidCase(id="").arguments()
+    refs = torch.tensor([3, 0, 3, 1, 0], device="cuda")  # as many as frames; 2 and 4 are not among them
+    results = []
+    for fill in (0.0, torch.nan):
+        leaves = {name: x.to("cuda", BF16) for name, x in inputs.items()}
+        for name in "kv":
+            leaves[name][:, [2, 4]] = fill
+        leaves = {name: x.requires_grad_() for name, x in leaves.items()}
+        out = pyramid_st_attn(**leaves, refs=refs, backend=backend, deterministic=deterministic)
+        results.append((out, *torch.autograd.grad(out, list(leaves.values()), torch.ones_like(out))))
+    for clean, other in zip(*results, strict=True):
+        torch.testing.assert_close(other, clean)

@@ -151,16 +151,20 @@ def lay_out(x: Tensor, layout: str) -> Tensor:
 
     * contiguous
     * packed: the second of three slices of a projection (..., 3, H, D)
+    * shifted: contiguous, at an odd multiple of an element
     * sliced: a part of a larger tensor, every second frame (dimension 1)
     * odd: the address and all strides but the last are odd multiples of an element
     * transposed: the last dimension is the slowest in memory
     * expanded0, expanded1: stride 0 along that dimension (whose first element is kept)
+    * expanded12: stride 0 along two dimensions, the second of size 1
     * ones: a number 1 with stride 0 everywhere, as ``out.sum().backward()`` gives
     """
     shape, last = x.shape, x.shape[-1]
     match layout:
         case "contiguous":
             room = _nan(x.numel() + 128)[64:-64].view(shape)
+        case "shifted":
+            room = _nan(x.numel() + 128)[63:-65].view(shape)
         case "packed":
             room = _nan(*shape[:-2], 3, *shape[-2:])[..., 1, :, :]
         case "sliced":
@@ -177,6 +181,8 @@ def lay_out(x: Tensor, layout: str) -> Tensor:
         case "expanded0" | "expanded1":
             dim = int(layout[-1])
             return lay_out(x.narrow(dim, 0, 1), "contiguous").expand(shape)
+        case "expanded12":
+            return lay_out(x[:, :1, :1], "contiguous").expand(*shape[:2], 2, *shape[3:])[:, :, :1]
         case "ones":
             return x.new_ones(()).expand(shape)
     return room.copy_(x)

@@ -61,7 +61,7 @@ def backward(
 ) -> None:
     q, inverse = call.q, call.inverse
     if not _is_aligned(grad) or (grad.stride(2) == 0 and grad.shape[2] > 1):
-        grad = grad.contiguous()
+        grad = grad.clone(memory_format=torch.contiguous_format)  # also where only its address is odd
     one_query = _is_one_query(call, q, grad, *([] if dq is None else [dq]))
     asked = tuple(x is not None for x in (dq, dk, dv))
     size = extension().pyramid_st_attn_workspace(*_shape(call), one_query, asked, call.deterministic)
@@ -96,7 +96,7 @@ def _table(call: PyramidCall) -> tuple[int, ...]:
 def _is_one_query(call: PyramidCall, *queries: Tensor) -> bool:
     """Whether T·N tokens can run as one long query: all frames share their row, and frames follow each other."""
     frames, tokens = call.q.shape[1:3]
-    return call.table.shape[1] == 1 and (frames == 1 or all(x.stride(1) == tokens * x.stride(2) for x in queries))
+    return call.table.shape[1] == 1 and (frames == 1 or all(x.stride(1) == tokens * x.stride(2) != 0 for x in queries))
 
 
 def _place(call: PyramidCall) -> tuple[int, int]:
