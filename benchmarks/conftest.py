@@ -50,8 +50,6 @@ def pytest_addoption(parser):
 
 def pytest_configure(config):
     config.option.benchmark_columns = ["median", "iqr", "rounds"]
-    if _has_gpu() and not config.option.collectonly:
-        warm.start()  # before the imports of PyTorch here, which the hooks and fixtures below leave until later
 
 
 def pytest_generate_tests(metafunc):

@@ -5,17 +5,11 @@ One kernel after the other, the configurations of all Triton kernels take longer
 
 import os
 import warnings
-from multiprocessing import TimeoutError, forkserver, get_context
+from multiprocessing import TimeoutError, get_context
 
 FEW = 3  # problems, for which processes do not pay
 MOST = 16  # processes: each holds a problem on the GPU
 LONGEST = 150  # seconds, after which it goes on without
-
-
-def start() -> None:
-    """Let the imports of the processes begin, beside those of this one."""
-    forkserver.set_forkserver_preload(["benchmarks.cases"])
-    forkserver.ensure_running()
 
 
 def compile_kernels(selected: list) -> None:
@@ -26,13 +20,12 @@ def compile_kernels(selected: list) -> None:
     # By level: neighbours in time are of different operators, so that few compile the same kernel.
     tasks = sorted(problems, key=lambda shape: shape[1:])
     workers = min(MOST, max(1, (os.cpu_count() or 1) - 1), len(tasks))
-    with get_context("forkserver").Pool(workers, _alone) as pool:
+    # Spawned: what peers do to the GPU as they are imported, a forked process could not use.
+    with get_context("spawn").Pool(workers, _alone) as pool:
         try:
-            done = all(pool.map_async(_compile, tasks, chunksize=1).get(LONGEST))
+            pool.map_async(_compile, tasks, chunksize=1).get(LONGEST)
         except TimeoutError:
-            done = False
-    if not done:
-        warnings.warn("not all was compiled beforehand: the rest is compiled as it is met", stacklevel=1)
+            warnings.warn("not all was compiled beforehand: the rest is compiled as it is met", stacklevel=1)
 
 
 def _alone() -> None:
@@ -45,14 +38,12 @@ def _alone() -> None:
     Tuned._measure = _run_each
 
 
-def _compile(shape: tuple) -> bool:
+def _compile(shape: tuple) -> None:
     import torch
 
     from benchmarks.cases import cases
     from benchmarks.harness import Prepared
 
-    if torch.cuda._is_in_bad_fork():
-        return False
     for case in cases():
         if case.implementation.compiles and case.shape == shape:
             try:
@@ -61,7 +52,6 @@ def _compile(shape: tuple) -> bool:
             except Exception:  # the row will say why
                 torch.cuda.empty_cache()
     torch.cuda.empty_cache()
-    return True
 
 
 def _run_each(self, device, key, configs, run):
