@@ -44,12 +44,16 @@ class DeviceGuard {
   int device_, former_ = 0;
 };
 
-// Shared memory that one block can have on a device, in bytes.
-inline int shared_memory_limit(int device) {
-  int bytes = 0;
-  check(cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device), "cudaDeviceGetAttribute");
-  return bytes;
+inline int attribute(cudaDeviceAttr attribute, int device) {
+  int value = 0;
+  check(cudaDeviceGetAttribute(&value, attribute, device), "cudaDeviceGetAttribute");
+  return value;
 }
+
+// Shared memory that one block can have on a device, in bytes.
+inline int shared_memory_limit(int device) { return attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, device); }
+
+inline int num_processors(int device) { return attribute(cudaDevAttrMultiProcessorCount, device); }
 
 // What is done to kernels before their first launch on a device. Each kernel has a `once` of its own.
 constexpr int kMaxDevices = 64;

@@ -167,9 +167,8 @@ void launch_keys(const PyramidBackward& call, const QueryTiles& queries, const W
   const auto kernel = backward<Element, C>;
   static OncePerDevice once;
   prepare(once, kernel, device);
-  int processors = 0;
-  check(cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device), "cudaDeviceGetAttribute");
-  launch_early(kernel, std::min(args.num_tiles, processors), C::kThreads, sizeof(Shared<C>) + 1024, stream, args);
+  launch_early(kernel, std::min(args.num_tiles, num_processors(device)), C::kThreads, sizeof(Shared<C>) + 1024, stream,
+               args);
 }
 
 template <typename Element>

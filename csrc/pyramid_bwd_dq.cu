@@ -65,14 +65,7 @@ __device__ void feed(const Arguments& args, Shared& shared) {
       load_box(shared.grad[q_at.slot][w], args.grad, box, filled);
     }
     q_at.advance();
-    int token = 0;
-    while (refs.more()) {
-      References v_refs = refs;
-      int v_token = token;
-      load_keys(args, args.k, place, refs, token, shared.k_ring, at, shared.k);
-      load_keys(args, args.v, place, v_refs, v_token, shared.v_ring, at, shared.v);
-      at.advance();
-    }
+    load_row(args, place, refs, at, shared);
   }
 }
 
@@ -209,9 +202,8 @@ void launch(const PyramidBackward& call, const float* statistics, int device, cu
   const auto kernel = backward_dq<Element>;
   static OncePerDevice once;
   prepare(once, kernel, device);
-  int processors = 0;
-  check(cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device), "cudaDeviceGetAttribute");
-  launch_early(kernel, std::min(args.num_tiles, processors), (kGroups + 1) * 128, sizeof(Shared) + 1024, stream, args);
+  launch_early(kernel, std::min(args.num_tiles, num_processors(device)), (kGroups + 1) * 128, sizeof(Shared) + 1024,
+               stream, args);
 }
 
 }  // namespace

@@ -67,14 +67,7 @@ __device__ void produce(const Arguments& args, Shared& shared) {
                &ring.filled[q_at.slot]);
     }
     q_at.advance();
-    int token = 0;
-    while (refs.more()) {
-      References v_refs = refs;
-      int v_token = token;
-      load_keys(args, args.k, place, refs, token, shared.k_ring, at, shared.k);
-      load_keys(args, args.v, place, v_refs, v_token, shared.v_ring, at, shared.v);
-      at.advance();
-    }
+    load_row(args, place, refs, at, shared);
   }
 }
 
@@ -290,9 +283,8 @@ void launch(const PyramidForward& call, int device, cudaStream_t stream) {
   const auto kernel = forward<Element>;
   static OncePerDevice once;
   prepare(once, kernel, device);
-  int processors = 0;
-  check(cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device), "cudaDeviceGetAttribute");
-  kernel<<<std::min(args.num_tiles, processors), (kGroups + 1) * 128, sizeof(Shared) + 1024, stream>>>(args);
+  kernel<<<std::min(args.num_tiles, num_processors(device)), (kGroups + 1) * 128, sizeof(Shared) + 1024, stream>>>(
+      args);
   check(cudaGetLastError(), "pyramid_st_attn forward");
 }
 

@@ -142,6 +142,20 @@ __device__ inline void load_keys(const Gather& args, const TensorMap& map, const
   }
 }
 
+// The same for all that a row of the table lists. `shared` has k, v, k_ring and v_ring.
+template <int kStages, class Shared>
+__device__ inline void load_row(const Gather& args, const Place& place, References& refs, Cursor<kStages>& at,
+                                Shared& shared) {
+  int token = 0;
+  while (refs.more()) {
+    References v_refs = refs;
+    int v_token = token;
+    load_keys(args, args.k, place, refs, token, shared.k_ring, at, shared.k);
+    load_keys(args, args.v, place, v_refs, v_token, shared.v_ring, at, shared.v);
+    at.advance();
+  }
+}
+
 // Strikes out the scores of keys that do not exist. `first` is the index in its frame of the tile's first box, `left`
 // the number of boxes from it to the row's end.
 template <int kScores>
