@@ -1,5 +1,6 @@
 """Attention kernels that one would call instead of ours, on q (B, Sq, H, D) and k, v (B, Sk, H, D)."""
 
+import importlib
 from collections.abc import Callable
 from functools import cache
 
@@ -15,6 +16,12 @@ try:
     from flash_attn.cute import flash_attn_func, flash_attn_varlen_func
 except Exception:  # not installed, or not for this machine
     flash_attn_func = flash_attn_varlen_func = None
+OLDER = {}  # FlashAttention's earlier packages
+for version, package in (("FlashAttention-3", "flash_attn_interface"), ("FlashAttention-2", "flash_attn")):
+    try:
+        OLDER[version] = importlib.import_module(package).flash_attn_func
+    except Exception:  # as above; flash-attn-4 alone leaves a flash_attn without it
+        continue
 
 torch._dynamo.config.recompile_limit = 128  # a compiled peer is compiled for each of its shapes
 
@@ -34,8 +41,8 @@ ATTENTION = {
     "SDPA flash": sdpa(SDPBackend.FLASH_ATTENTION),
     "SDPA mem-efficient": sdpa(SDPBackend.EFFICIENT_ATTENTION),
 }
-if flash_attn_func:
-    ATTENTION["FlashAttention-4"] = lambda q, k, v: _first(flash_attn_func(q, k, v))
+for name, attend in (OLDER | ({"FlashAttention-4": flash_attn_func} if flash_attn_func else {})).items():
+    ATTENTION[name] = lambda q, k, v, attend=attend: _first(attend(q, k, v))
 
 
 def paged(page_table: Tensor, keys: Tensor) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
