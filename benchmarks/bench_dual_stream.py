@@ -59,6 +59,9 @@ def implementations(level: Level, batch: int) -> dict[str, Implementation]:
     run = ours("dual_stream", call)
     for name in ("SDPA cuDNN", "FlashAttention-4"):
         if attend := peers.ATTENTION.get(name):
-            run[f"two {name}, one long query"] = Implementation(two_calls(attend, (1, 2)))
-            run[f"two {name}, frames as batch"] = Implementation(two_calls(attend, (0, 1)), prepare=repeat)
+            compiles = name in peers.COMPILED
+            run[f"two {name}, one long query"] = Implementation(two_calls(attend, (1, 2)), compiles=compiles)
+            run[f"two {name}, frames as batch"] = Implementation(
+                two_calls(attend, (0, 1)), prepare=repeat, compiles=compiles
+            )
     return run

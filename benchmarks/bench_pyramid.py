@@ -75,9 +75,13 @@ def implementations(level: Level, batch: int, kind: str) -> dict[str, Implementa
     for name, attend in peers.ATTENTION.items():
         best = name in ("SDPA cuDNN", "FlashAttention-4")
         if kind != "shared" and (best or once):
-            run[f"index_select + {name}"] = Implementation(_gathered(refs, batch, attend), quick=best)
+            run[f"index_select + {name}"] = Implementation(
+                _gathered(refs, batch, attend), quick=best, compiles=name in peers.COMPILED
+            )
         if refs.rows.shape[1] == 1 and (best or batch == 2):
-            run[f"{name}, one long query"] = Implementation(_one_long_query(refs, attend), quick=best)
+            run[f"{name}, one long query"] = Implementation(
+                _one_long_query(refs, attend), quick=best, compiles=name in peers.COMPILED
+            )
     if kind != "shared" and batch == 2 and level in UNET.values():
         run["FlexAttention, block mask"] = _flex(refs, level)
     if kind != "shared" and peers.flash_attn_func:
@@ -142,7 +146,7 @@ def _paged(refs: ReferenceFrames, batch: int, level: Level, page: int) -> Implem
         k, v = (t[n].flatten(0, 2).unflatten(0, (-1, page)) for n in "kv")
         return attend(k.device)(t["q"].flatten(0, 1), k, v).view(t["q"].shape)
 
-    return Implementation(run, directions=("fwd",))
+    return Implementation(run, directions=("fwd",), compiles=True)
 
 
 def _block_sparse(refs: ReferenceFrames, level: Level) -> Implementation:
@@ -154,6 +158,7 @@ def _block_sparse(refs: ReferenceFrames, level: Level) -> Implementation:
         prepare=lambda t: {n: F.pad(x, (0, 0, 0, 0, 0, more)).flatten(1, 2) for n, x in t.items()},
         finish=lambda out: out.unflatten(1, (level.frames, -1))[:, :, : level.tokens],
         quick=False,
+        compiles=True,
     )
 
 

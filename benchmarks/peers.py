@@ -1,6 +1,7 @@
 """Attention kernels that one would call instead of ours, on q (B, Sq, H, D) and k, v (B, Sk, H, D)."""
 
 import importlib
+import os
 from collections.abc import Callable
 from functools import cache
 
@@ -12,6 +13,7 @@ from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
 from univid.ops import ReferenceFrames
 
+os.environ.setdefault("FLASH_ATTENTION_CUTE_DSL_CACHE_ENABLED", "1")  # what it compiles, other processes find
 try:
     from flash_attn.cute import flash_attn_func, flash_attn_varlen_func
 except Exception:  # not installed, or not for this machine
@@ -43,6 +45,8 @@ ATTENTION = {
 }
 for name, attend in (OLDER | ({"FlashAttention-4": flash_attn_func} if flash_attn_func else {})).items():
     ATTENTION[name] = lambda q, k, v, attend=attend: _first(attend(q, k, v))
+
+COMPILED = ("FlashAttention-4",)  # at their first calls
 
 
 def paged(page_table: Tensor, keys: Tensor) -> Callable[[Tensor, Tensor, Tensor], Tensor]:

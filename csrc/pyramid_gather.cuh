@@ -26,13 +26,12 @@ struct Gather {
   int boxes_step;  // boxes_per_tile modulo boxes_per_frame
 };
 
-// Rows of a box: it divides a tile and wastes least of a frame; the largest such. The swizzle goes by address, so a box
-// may begin in any row; but only where boxes end with their frames, for masks count columns in eights.
+// Rows of a box: it divides a tile, is a multiple of 8 (the swizzle's period), and wastes least; the largest such.
 inline int choose_box_rows(int64_t tokens, int keys) {
   int best = 0;
   int64_t best_padded = 0;
-  for (int rows = keys; rows >= 12; rows -= 4) {
-    if (keys % rows != 0 || (rows % 8 != 0 && tokens % rows != 0)) continue;
+  for (int rows = keys; rows >= 16; rows -= 8) {
+    if (keys % rows != 0) continue;
     const int64_t padded = (tokens + rows - 1) / rows * rows;
     if (best == 0 || padded < best_padded) best = rows, best_padded = padded;
   }
@@ -161,18 +160,16 @@ __device__ inline void load_row(const Gather& args, const Place& place, Referenc
 template <int kScores>
 __device__ inline void mask(const Gather& args, int first, int left, float (&s)[kScores]) {
   static_assert(kScores < 64);
+  const int boxes = args.boxes_per_tile;
   const int column = threadIdx.x % 4 * 2;
-  // Two bits for this lane's two columns of every eight; of the first `rows` columns:
-  const auto bits = [&](int rows) { return (1u << (rows / 8 * 2 + min(max(rows % 8 - column, 0), 2))) - 1; };
-  uint32_t valid = 0;
-  if (args.last_box_rows == args.box_rows)
-    valid = bits(left * args.box_rows);
-  else
-    for (int i = 0; i < args.boxes_per_tile; i++) {
-      const bool last = ++first == args.boxes_per_frame;  // of its frame
-      if (last) first = 0;
-      valid |= bits(i >= left ? 0 : last ? args.last_box_rows : args.box_rows) << (args.box_rows / 4 * i);
-    }
+  uint32_t valid = 0;  // two bits for this lane's two columns of every eight
+  for (int i = 0; i < boxes; i++) {
+    const bool last = ++first == args.boxes_per_frame;  // of its frame
+    if (last) first = 0;
+    const int rows = i >= left ? 0 : last ? args.last_box_rows : args.box_rows;
+    const int columns = rows / 8 * 2 + min(max(rows % 8 - column, 0), 2);
+    valid |= ((1u << columns) - 1) << (args.box_rows / 4 * i);
+  }
 #pragma unroll
   for (int i = 0; i < kScores; i++)
     if (!(valid >> (i / 4 * 2 + i % 2) & 1)) s[i] = -INFINITY;

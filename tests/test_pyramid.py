@@ -128,7 +128,6 @@ CASES = [
     PyramidCase(id="grad-sliced", grad="sliced"),
     PyramidCase(id="grad-shifted", grad="shifted"),
     PyramidCase(id="shared-unaligned-rest", T=3, N=70, refs=torch.tensor([2, 0])),
-    PyramidCase(id="twelves", N=84),
     PyramidCase(id="one-token-expanded", N=1, refs=ReferenceFrames.all(5), layouts=("expanded12", "contiguous", "contiguous")),
     PyramidCase(id="scaled", scale=0.3),
     PyramidCase(id="logits-1e4", **LARGE_LOGITS, interpreted=(FP16,), small={"H": 1}),

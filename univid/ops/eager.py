@@ -52,7 +52,7 @@ class Eager:
             out = self.function(call._replace(**leaves))
         out = out[0] if isinstance(out, tuple) else out
         with _ieee_convolutions():
-            results = torch.autograd.grad(out, list(leaves.values()), grad)
+            results = torch.autograd.grad(out, list(leaves.values()), _aligned(grad))
         for g, result in zip(wanted.values(), results, strict=True):
             g.copy_(result)
 
