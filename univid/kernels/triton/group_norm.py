@@ -7,13 +7,13 @@ rows are taken per channel; a group's follow from its channels'.
 the backward, so that two or three share an SM, and at most 40% of it padding): one program a slab, one read and one write. A one-hot
 matrix sums channels to groups.
 
-**Other slabs** in parts of 128 (or 64) rows x 64 channels, whatever groups those meet. x is read twice:
-1. every part leaves, per channel, its mean m and the sums of x − m and (x − m)² (forward), or the sums of dz and dz·x̂ (backward);
-2. a small kernel merges those per group in a fixed order, the means first, so that nothing cancels (Chan, Golub and LeVeque 1983); the sum
-   of x − m, which would be 0, makes up for m's rounding: at mean 100 and deviation 0.1 rstd errs by 5e-8 with it, by 6e-7 without;
+**Other slabs** in parts of rows x 32 to 128 channels, whatever groups those meet. x is read twice:
+1. every chunk of rows leaves, per channel, its first number m and the sums of x − m and (x − m)² (forward), or the sums of dz and dz·x̂
+   (backward): added up in registers, step by step, for a reduction over threads costs more than the loads of its tile;
+2. a small kernel merges those per group in a fixed order, the first numbers first, so that nothing cancels (Chan, Golub and LeVeque 1983);
 3. every part is normalised, the last ones first: they are still in L2.
 The weight's and the bias's gradients add step 2's channel sums over M. Parts are many and independent, so that other programs hide a
-program's loads: about 96 registers a thread with 4 warps in the forward, 80 with 8 in the backward, 20 to 24 warps an SM.
+program's loads.
 
 With z = x̂·weight + bias and dz its gradient: dx = rstd·(dz·weight − mean(dz·weight) − x̂·mean(dz·weight·x̂)).
 """
@@ -169,17 +169,26 @@ def _part(part, rows, CHANNELS: tl.constexpr, COLUMNS: tl.constexpr, ROWS: tl.co
 @triton.jit(do_not_specialize=["rows"])
 def _moments(
     x_ptr, moments_ptr, x_strides, rows,
-    CHANNELS: tl.constexpr, ALIGN: tl.constexpr, COLUMNS: tl.constexpr, ROWS: tl.constexpr,
+    CHANNELS: tl.constexpr, ALIGN: tl.constexpr, COLUMNS: tl.constexpr, ROWS: tl.constexpr, STEP: tl.constexpr,
 ):  # fmt: skip
-    """Step 1 of the forward: (M, chunks, 3, C) means m and sums of x - m and (x - m)²."""
-    m, chunk, chunks, n, c, has_c, mask = _part(tl.program_id(0), rows, CHANNELS, COLUMNS, ROWS)
-    x = tl.load(_tile(x_ptr, m, n, c, x_strides, ALIGN), mask=mask, other=0.0).to(tl.float32)
-    mean = tl.sum(x, 0) / tl.minimum(rows - chunk * ROWS, ROWS)
-    centred = tl.where(mask, x - mean[None, :], 0.0)
+    """Step 1 of the forward: (M, chunks, 3, C) first numbers m and sums of x - m and (x - m)²."""
+    m, chunk, chunks, _, c, has_c, _ = _part(tl.program_id(0), rows, CHANNELS, COLUMNS, ROWS)
+    first = chunk * ROWS
+    base = tl.load(x_ptr + m.to(tl.int64) * x_strides[0] + first.to(tl.int64) * x_strides[1] + c, mask=has_c, other=0.0)
+    base = base.to(tl.float32)
+    sums = tl.zeros((STEP, COLUMNS), tl.float32)
+    squares = tl.zeros((STEP, COLUMNS), tl.float32)
+    for step in tl.static_range(0, ROWS, STEP):
+        n = first + step + tl.arange(0, STEP)
+        mask = (n < rows)[:, None] & has_c[None, :]
+        x = tl.load(_tile(x_ptr, m, n, c, x_strides, ALIGN), mask=mask, other=0.0).to(tl.float32)
+        off = tl.where(mask, x - base[None, :], 0.0)
+        sums += off
+        squares += off * off
     at = moments_ptr + (m.to(tl.int64) * chunks + chunk) * 3 * CHANNELS + c
-    tl.store(at, mean, mask=has_c)
-    tl.store(at + CHANNELS, tl.sum(centred, 0), mask=has_c)
-    tl.store(at + 2 * CHANNELS, tl.sum(centred * centred, 0), mask=has_c)
+    tl.store(at, base, mask=has_c)
+    tl.store(at + CHANNELS, tl.sum(sums, 0), mask=has_c)
+    tl.store(at + 2 * CHANNELS, tl.sum(squares, 0), mask=has_c)
 
 
 @triton.jit
@@ -241,23 +250,16 @@ def _normalize(
 
 
 @triton.jit
-def _gradient_part(
-    part, x_ptr, grad_ptr, mean_ptr, rstd_ptr, weight_ptr, bias_ptr,
-    x_strides, grad_strides, stride_weight, stride_bias, rows,
-    WIDTH: tl.constexpr, CHANNELS: tl.constexpr, SILU: tl.constexpr, ALIGN: tl.constexpr,
-    COLUMNS: tl.constexpr, ROWS: tl.constexpr,
+def _affine(
+    m, c, has_c, mean_ptr, rstd_ptr, weight_ptr, bias_ptr, stride_weight, stride_bias,
+    WIDTH: tl.constexpr, CHANNELS: tl.constexpr,
 ):  # fmt: skip
-    """x̂ and dz of a part, and the rstd and weight of its channels."""
-    m, _, _, n, c, has_c, mask = _part(part, rows, CHANNELS, COLUMNS, ROWS)
-    x = tl.load(_tile(x_ptr, m, n, c, x_strides, ALIGN), mask=mask, other=0.0)
-    grad = tl.load(_tile(grad_ptr, m, n, c, grad_strides, ALIGN), mask=mask, other=0.0)
+    """Mean, rstd, weight and bias of channels."""
     group = m * (CHANNELS // WIDTH) + c // WIDTH
     mean = tl.load(mean_ptr + group, mask=has_c, other=0.0)
     rstd = tl.load(rstd_ptr + group, mask=has_c, other=0.0)
     weight = _per_channel(weight_ptr, c, stride_weight, has_c)
-    bias = _per_channel(bias_ptr, c, stride_bias, has_c)
-    x_hat, dz = _gradient(x, grad, mean, rstd, weight, bias, SILU)
-    return x_hat, dz, rstd, weight
+    return mean, rstd, weight, _per_channel(bias_ptr, c, stride_bias, has_c)
 
 
 @triton.jit(do_not_specialize=["rows"])
@@ -265,17 +267,26 @@ def _gradient_sums(
     x_ptr, grad_ptr, mean_ptr, rstd_ptr, weight_ptr, bias_ptr, sums_ptr,
     x_strides, grad_strides, stride_weight, stride_bias, rows,
     WIDTH: tl.constexpr, CHANNELS: tl.constexpr, SILU: tl.constexpr, ALIGN: tl.constexpr,
-    COLUMNS: tl.constexpr, ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr, ROWS: tl.constexpr, STEP: tl.constexpr,
 ):  # fmt: skip
     """Step 1 of the backward: (M, chunks, 2, C) sums of dz and of dz·x̂."""
-    x_hat, dz, _, _ = _gradient_part(
-        tl.program_id(0), x_ptr, grad_ptr, mean_ptr, rstd_ptr, weight_ptr, bias_ptr,
-        x_strides, grad_strides, stride_weight, stride_bias, rows, WIDTH, CHANNELS, SILU, ALIGN, COLUMNS, ROWS,
-    )  # fmt: skip
     m, chunk, chunks, _, c, has_c, _ = _part(tl.program_id(0), rows, CHANNELS, COLUMNS, ROWS)
+    mean, rstd, weight, bias = _affine(
+        m, c, has_c, mean_ptr, rstd_ptr, weight_ptr, bias_ptr, stride_weight, stride_bias, WIDTH, CHANNELS
+    )
+    dz_sum = tl.zeros((STEP, COLUMNS), tl.float32)
+    dz_x_sum = tl.zeros((STEP, COLUMNS), tl.float32)
+    for step in tl.static_range(0, ROWS, STEP):
+        n = chunk * ROWS + step + tl.arange(0, STEP)
+        mask = (n < rows)[:, None] & has_c[None, :]
+        x = tl.load(_tile(x_ptr, m, n, c, x_strides, ALIGN), mask=mask, other=0.0)
+        grad = tl.load(_tile(grad_ptr, m, n, c, grad_strides, ALIGN), mask=mask, other=0.0)
+        x_hat, dz = _gradient(x, grad, mean, rstd, weight, bias, SILU)  # dz = 0 where there is no x
+        dz_sum += dz
+        dz_x_sum += dz * x_hat
     at = sums_ptr + (m.to(tl.int64) * chunks + chunk) * 2 * CHANNELS + c
-    tl.store(at, tl.sum(dz, 0), mask=has_c)
-    tl.store(at + CHANNELS, tl.sum(dz * x_hat, 0), mask=has_c)
+    tl.store(at, tl.sum(dz_sum, 0), mask=has_c)
+    tl.store(at + CHANNELS, tl.sum(dz_x_sum, 0), mask=has_c)
 
 
 @triton.jit(do_not_specialize=["chunks", "num_groups", "count"])
@@ -315,11 +326,13 @@ def _input_gradient(
 ):  # fmt: skip
     """Step 3 of the backward."""
     part = tl.num_programs(0) - 1 - tl.program_id(0)
-    x_hat, dz, rstd, weight = _gradient_part(
-        part, x_ptr, grad_ptr, mean_ptr, rstd_ptr, weight_ptr, bias_ptr,
-        x_strides, grad_strides, stride_weight, stride_bias, rows, WIDTH, CHANNELS, SILU, ALIGN, COLUMNS, ROWS,
-    )  # fmt: skip
     m, _, _, n, c, has_c, mask = _part(part, rows, CHANNELS, COLUMNS, ROWS)
+    x = tl.load(_tile(x_ptr, m, n, c, x_strides, ALIGN), mask=mask, other=0.0)
+    grad = tl.load(_tile(grad_ptr, m, n, c, grad_strides, ALIGN), mask=mask, other=0.0)
+    mean, rstd, weight, bias = _affine(
+        m, c, has_c, mean_ptr, rstd_ptr, weight_ptr, bias_ptr, stride_weight, stride_bias, WIDTH, CHANNELS
+    )
+    x_hat, dz = _gradient(x, grad, mean, rstd, weight, bias, SILU)
     means_at = means_ptr + (m * (CHANNELS // WIDTH) + c // WIDTH) * 2
     shift = tl.load(means_at, mask=has_c, other=0.0)
     slope = tl.load(means_at + 1, mask=has_c, other=0.0)
@@ -402,18 +415,17 @@ def _slab_configs(key: dict) -> list[Config]:
     return [Config(slab.constants, num_warps=w, num_stages=1) for w in warps]
 
 
-def _part_rows(rows: int) -> int:
-    """A part's rows: 128, or 64 where that pads much less."""
-    return 64 if 64 * cdiv(rows, 64) < 0.9 * 128 * cdiv(rows, 128) else 128
+_CHUNK, _CHUNK_BACKWARD = 256, 128  # rows that one program adds up
 
 
-def _part_configs(key: dict) -> list[Config]:
-    tiles = [(64, 4), (64, 8)] + [(128, 8)] * (key["C"] > 64)
-    return [Config({"COLUMNS": columns}, num_warps=warps, num_stages=1) for columns, warps in tiles]
+def _tiles(*tiles: tuple[int, int, int], rows: str = "ROWS") -> Callable[[dict], list[Config]]:
+    """Configurations of (rows, channels, warps), without those that are mostly padding where channels are few."""
 
+    def configs(key: dict) -> list[Config]:
+        fit = [tile for tile in tiles if tile[1] <= 64 or key["C"] > 64]
+        return [Config({rows: r, "COLUMNS": columns}, num_warps=warps, num_stages=1) for r, columns, warps in fit]
 
-def _gradient_part_configs(key: dict) -> list[Config]:
-    return sorted(_part_configs(key), key=lambda config: config.num_warps != 8)
+    return configs
 
 
 def _merge_configs(key: dict) -> list[Config]:
@@ -422,12 +434,12 @@ def _merge_configs(key: dict) -> list[Config]:
 
 _FORWARD_SLAB = Tuned(_forward_slab, _slab_configs)
 _BACKWARD_SLAB = Tuned(_backward_slab, _slab_configs)
-_MOMENTS = Tuned(_moments, _part_configs)
+_MOMENTS = Tuned(_moments, _tiles((32, 64, 2), (64, 64, 4), (16, 64, 2), rows="STEP"))
 _MERGE_MOMENTS = Tuned(_merge_moments, _merge_configs)
-_NORMALIZE = Tuned(_normalize, _part_configs)
-_GRADIENT_SUMS = Tuned(_gradient_sums, _gradient_part_configs)
+_NORMALIZE = Tuned(_normalize, _tiles((64, 64, 2), (32, 128, 8), (128, 64, 8), (32, 64, 4)))
+_GRADIENT_SUMS = Tuned(_gradient_sums, _tiles((32, 64, 4), (64, 32, 4), (64, 64, 8), rows="STEP"))
 _MERGE_SUMS = Tuned(_merge_sums, _merge_configs)
-_INPUT_GRADIENT = Tuned(_input_gradient, _gradient_part_configs)
+_INPUT_GRADIENT = Tuned(_input_gradient, _tiles((16, 64, 2), (16, 128, 4), (64, 64, 4), (128, 32, 4)))
 _AFFINE_GRADIENTS = Tuned(_affine_gradients, lambda _: [Config({"COLUMNS": 32, "ROWS": 64}, num_warps=4, num_stages=1)])
 
 
@@ -455,21 +467,18 @@ def forward(call: GroupNormSiluCall) -> tuple[Tensor, Tensor, Tensor]:
         _FORWARD_SLAB(lambda _: grid, *tensors, *ends, num_groups, call.eps, key=key | {"slab": slab}, **constants)
         return out, mean, rstd
 
-    part = _part_rows(rows)
-    parts = _parts(call, part)
-    key["rows"] = constants["ROWS"] = part
-    constants["CHANNELS"] = channels
-    moments = x.new_empty((images, cdiv(rows, part), 3, channels), dtype=torch.float32)
-    _MOMENTS(parts, x, moments, _strides(x), rows, key=key, CHANNELS=channels, ROWS=part, ALIGN=constants["ALIGN"])
+    moments = x.new_empty((images, cdiv(rows, _CHUNK), 3, channels), dtype=torch.float32)
+    parts = _parts(call)
+    _MOMENTS(parts, x, moments, _strides(x), rows, key=key, CHANNELS=channels, ROWS=_CHUNK, ALIGN=constants["ALIGN"])
     _MERGE_MOMENTS(
         lambda _: (images * num_groups, 1, 1),
         *(moments, mean, rstd, rows, num_groups, call.eps),
         key=key,
         WIDTH=width,
         SLOTS=next_power_of_2(width),
-        ROWS=part,
+        ROWS=_CHUNK,
     )
-    _NORMALIZE(parts, x, mean, rstd, call.weight, call.bias, out, *ends, key=key, **constants)
+    _NORMALIZE(parts, x, mean, rstd, call.weight, call.bias, out, *ends, key=key, CHANNELS=channels, **constants)
     return out, mean, rstd
 
 
@@ -500,13 +509,11 @@ def backward(
         key |= {"slab": slab, "asked": (dx is not None, sums is not None)}
         _BACKWARD_SLAB(lambda _: grid, *inputs, dx, sums, *strides, rows, num_groups, key=key, **constants)
     else:
-        part = _part_rows(rows)
-        parts = _parts(call, part)
-        key["rows"] = constants["ROWS"] = part
+        parts = _parts(call)
         constants["CHANNELS"] = channels
-        chunk_sums = x.new_empty((images, cdiv(rows, part), 2, channels), dtype=torch.float32)
+        chunk_sums = x.new_empty((images, cdiv(rows, _CHUNK_BACKWARD), 2, channels), dtype=torch.float32)
         means = x.new_empty((images, num_groups, 2), dtype=torch.float32)
-        _GRADIENT_SUMS(parts, *inputs, chunk_sums, *strides, *affine, rows, key=key, **constants)
+        _GRADIENT_SUMS(parts, *inputs, chunk_sums, *strides, *affine, rows, key=key, ROWS=_CHUNK_BACKWARD, **constants)
         _MERGE_SUMS(
             lambda _: (images * num_groups, 1, 1),
             *(chunk_sums, call.weight, sums, means, affine[0], chunk_sums.shape[1], num_groups, rows * width),
@@ -527,10 +534,9 @@ def backward(
         )
 
 
-def _parts(call: GroupNormSiluCall, part: int) -> Callable[[dict], tuple[int, int, int]]:
-    """The grid of parts of ``part`` rows."""
+def _parts(call: GroupNormSiluCall) -> Callable[[dict], tuple[int, int, int]]:
     images, rows, channels = call.x.shape
-    return lambda constants: (images * cdiv(rows, part) * cdiv(channels, constants["COLUMNS"]), 1, 1)
+    return lambda constants: (images * cdiv(rows, constants["ROWS"]) * cdiv(channels, constants["COLUMNS"]), 1, 1)
 
 
 def _strides(tensor: Tensor | None) -> tuple[int, ...]:
