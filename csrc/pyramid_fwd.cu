@@ -6,7 +6,8 @@
 // A warpgroup has the product S = Q·Kᵀ of tile j and O += P·V of tile j - 1 under way together, exponentiates half of S
 // while the second still runs, and then the rest. The three take turns at starting products, so that one computes
 // exponentials while another's products run. Grid: as many blocks as multiprocessors, tile i + k · blocks each; (clip,
-// head) slowest, so that the K and V in use stay in L2.
+// head) slowest, so that the K and V in use stay in L2. What is left for a last round is shared out by warpgroups where
+// that gives a block one at the most: alone it takes about two thirds of the time of three (417 for 404 TFLOP/s at f4).
 //
 // Registers of a lane: 48 scores, 24 + 12 of P, 32 of O, 16 of Q, of 160. Shared memory: 16 KB of Q and 8 KB of O a
 // warpgroup, 24 KB a stage of K and V: 217 KB of 227.
@@ -39,6 +40,7 @@ constexpr int kKeyBytes = kKeys * kRowBytes;
 struct Arguments : Gather {
   TensorMap q, out;
   float* logsumexp;
+  int alone_from;  // kShares: tiles from here on are done by blocks of which one warpgroup works
   float scale_log2;
 };
 
@@ -51,15 +53,31 @@ struct Shared {
   Ring<kStages> k_ring, v_ring;
 };
 
+// The tile of queries that a block does after `tile` (-1: its first); num_tiles or more: there is none.
+template <bool kShares>
+__device__ int tile_after(const Arguments& args, int tile) {
+  if (!kShares) return tile < 0 ? blockIdx.x : tile + gridDim.x;
+  if (tile >= args.alone_from) return args.num_tiles;
+  tile = tile < 0 ? blockIdx.x : tile + gridDim.x;
+  return tile < args.alone_from ? tile : args.alone_from + blockIdx.x / kGroups;
+}
+
+template <bool kShares>
+__device__ bool takes_part(const Arguments& args, int tile, int w) {
+  return !kShares || tile < args.alone_from || blockIdx.x % kGroups == w;
+}
+
 // The feeding thread.
+template <bool kShares>
 __device__ void produce(const Arguments& args, Shared& shared) {
   Cursor<kQSlots> q_at;
   Cursor<kStages> at;
-  for (int tile = blockIdx.x; tile < args.num_tiles; tile += gridDim.x) {
+  for (int tile = tile_after<kShares>(args, -1); tile < args.num_tiles; tile = tile_after<kShares>(args, tile)) {
     const Place place(args, tile, kGroups * kRows);
     References refs(args, place);
     if (!refs.more()) continue;
     for (int w = 0; w < kGroups; w++) {
+      if (!takes_part<kShares>(args, tile, w)) continue;
       Ring<kQSlots>& ring = shared.q_ring[w];
       wait(&ring.free[q_at.slot], q_at.round ^ 1);
       expect(&ring.filled[q_at.slot], kTileBytes);
@@ -72,7 +90,7 @@ __device__ void produce(const Arguments& args, Shared& shared) {
 }
 
 // A warpgroup of queries.
-template <typename Element>
+template <typename Element, bool kShares>
 __device__ void consume(const Arguments& args, Shared& shared, int w) {
   constexpr int kPacked = kKeys / 4, kHalf = kPacked / 2;
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32 % 4;
@@ -84,12 +102,14 @@ __device__ void consume(const Arguments& args, Shared& shared, int w) {
   Softmax<Element, kKeys> softmax(args.scale_log2);
   float s[kKeys / 2], o[32];
   uint32_t p[kPacked], q[16];
-  int tile = blockIdx.x;  // the tile of queries whose keys are being read
-  int first = 0;          // of the boxes of a frame, the next tile's first
-  int left = 0;           // boxes yet to be read for this tile of queries
+  int tile = tile_after<kShares>(args, -1);  // the tile of queries whose keys are being read
+  int first = 0;                             // of the boxes of a frame, the next tile's first
+  int left = 0;                              // boxes yet to be read for this tile of queries
 
-  const auto release = [&](uint64_t* barrier) {
-    if (lane == 0) ptx::mbarrier_arrive(barrier);
+  const auto is_alone = [&](int tile) { return kShares && tile >= args.alone_from; };
+  // Of a tile of K or V; who is alone does it for the others too.
+  const auto release = [&](uint64_t* barrier, int tile) {
+    if (lane < (is_alone(tile) ? kGroups : 1)) ptx::mbarrier_arrive(barrier);
   };
   const auto take_turn = [&] { asm volatile("bar.sync %0, 256;" ::"r"(1 + w) : "memory"); };
   const auto give_turn = [&](int to) { asm volatile("bar.arrive %0, 256;" ::"r"(1 + to) : "memory"); };
@@ -109,17 +129,17 @@ __device__ void consume(const Arguments& args, Shared& shared, int w) {
   };
   const auto finish_scores = [&] {
     pin(s);
-    release(&shared.k_ring.free[k_at.slot]);
+    release(&shared.k_ring.free[k_at.slot], tile);
     k_at.advance();
     if (left < boxes || (!whole_frames && first + boxes >= args.boxes_per_frame)) mask(args, first, left, s);
     first += args.boxes_step;
     if (first >= args.boxes_per_frame) first -= args.boxes_per_frame;
     left -= boxes;
   };
-  const auto finish_output = [&] {
+  const auto finish_output = [&](int tile) {
     pin(o);
     pin(p);
-    release(&shared.v_ring.free[v_at.slot]);
+    release(&shared.v_ring.free[v_at.slot], tile);
     v_at.advance();
   };
   const auto wait_k = [&] { wait(&shared.k_ring.filled[k_at.slot], k_at.round); };
@@ -157,13 +177,14 @@ __device__ void consume(const Arguments& args, Shared& shared, int w) {
   // Goes to the next tile of queries that has keys. False: there is none.
   bool skipped = false;
   const auto next_tile = [&] {
-    for (; tile < args.num_tiles; tile += gridDim.x) {
+    for (; tile < args.num_tiles; tile = tile_after<kShares>(args, tile)) {
+      if (!takes_part<kShares>(args, tile, w)) continue;
       left = count_references(args, Place(args, tile, kGroups * kRows)) * args.boxes_per_frame;
       if (left > 0) {
         first = 0;
         wait(&shared.q_ring[w].filled[q_at.slot], q_at.round);
         load_tile(shared.q[q_at.slot][w], q, warp, lane);
-        release(&shared.q_ring[w].free[q_at.slot]);
+        if (lane == 0) ptx::mbarrier_arrive(&shared.q_ring[w].free[q_at.slot]);
         q_at.advance();
         return true;
       }
@@ -183,7 +204,7 @@ __device__ void consume(const Arguments& args, Shared& shared, int w) {
     while (true) {
       const int former = tile;
       if (left <= 0) {
-        tile += gridDim.x;
+        tile = tile_after<kShares>(args, tile);
         if (!next_tile()) {
           tile = former;
           break;
@@ -191,10 +212,10 @@ __device__ void consume(const Arguments& args, Shared& shared, int w) {
       }
       wait_k();
       wait_v();
-      take_turn();
+      if (!is_alone(tile)) take_turn();
       start_scores();
       start_output();
-      give_turn(w + 1 == kGroups ? 0 : w + 1);
+      if (!is_alone(tile)) give_turn(w + 1 == kGroups ? 0 : w + 1);
       wgmma_wait<1>();
       finish_scores();
       if (tile == former) {
@@ -205,19 +226,19 @@ __device__ void consume(const Arguments& args, Shared& shared, int w) {
         pin(p_half);
         if (softmax.fits(sums)) {
           wgmma_wait<0>();
-          finish_output();
+          finish_output(former);
           softmax.template exponentiate<kHalf, kPacked>(s, p + kHalf, sums);
 #pragma unroll
           for (int i = 0; i < kHalf; i++) p[i] = p_half[i] | zero;  // a plain move would be merged away, into p
         } else {
           asm volatile("// outgrown");  // so that the branches have no beginning in common
           wgmma_wait<0>();
-          finish_output();
+          finish_output(former);
         }
         softmax.finish(s, p, sums, o);
       } else {
         wgmma_wait<0>();
-        finish_output();
+        finish_output(former);
         float result[32], logsumexp[2];
         softmax.divide(o, result, logsumexp);
         store(former, result, logsumexp);
@@ -228,20 +249,21 @@ __device__ void consume(const Arguments& args, Shared& shared, int w) {
     wait_v();
     start_output();
     wgmma_wait<0>();
-    finish_output();
+    finish_output(tile);
     float result[32], logsumexp[2];
     softmax.divide(o, result, logsumexp);
     store(tile, result, logsumexp);
   }
   if (skipped) {
     clear();
-    for (tile = blockIdx.x; tile < args.num_tiles; tile += gridDim.x)
-      if (count_references(args, Place(args, tile, kGroups * kRows)) == 0) store(tile, o, {-INFINITY, -INFINITY});
+    for (tile = tile_after<kShares>(args, -1); tile < args.num_tiles; tile = tile_after<kShares>(args, tile))
+      if (takes_part<kShares>(args, tile, w) && count_references(args, Place(args, tile, kGroups * kRows)) == 0)
+        store(tile, o, {-INFINITY, -INFINITY});
   }
   if (threadIdx.x % 128 == 0) ptx::cp_async_bulk_wait_group(ptx::n32_t<0>());
 }
 
-template <typename Element>
+template <typename Element, bool kShares>
 __global__ void __launch_bounds__((kGroups + 1) * 128, 1) forward(const __grid_constant__ Arguments args) {
   extern __shared__ char dynamic[];
   Shared& shared = *reinterpret_cast<Shared*>((reinterpret_cast<uintptr_t>(dynamic) + 1023) & ~uintptr_t{1023});
@@ -259,10 +281,10 @@ __global__ void __launch_bounds__((kGroups + 1) * 128, 1) forward(const __grid_c
   const int w = __shfl_sync(~0u, threadIdx.x / 128, 0);
   if (w == kGroups) {
     asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(32));
-    if (threadIdx.x == kGroups * 128) produce(args, shared);
+    if (threadIdx.x == kGroups * 128) produce<kShares>(args, shared);
   } else {
     asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(160));
-    consume<Element>(args, shared, w);
+    consume<Element, kShares>(args, shared, w);
   }
 }
 
@@ -280,10 +302,13 @@ void launch(const PyramidForward& call, int device, cudaStream_t stream) {
   args.logsumexp = call.logsumexp;
   args.scale_log2 = shape.scale * static_cast<float>(M_LOG2E);
 
-  const auto kernel = forward<Element>;
-  static OncePerDevice once;
-  prepare(once, kernel, device);
-  kernel<<<std::min(args.num_tiles, num_processors(device)), (kGroups + 1) * 128, sizeof(Shared) + 1024, stream>>>(
+  const int blocks = std::min(args.num_tiles * kGroups, num_processors(device)), rest = args.num_tiles % blocks;
+  const bool shares = rest > 0 && rest * kGroups <= blocks;
+  args.alone_from = args.num_tiles - rest;
+  const auto kernel = shares ? forward<Element, true> : forward<Element, false>;
+  static OncePerDevice once[2];
+  prepare(once[shares], kernel, device);
+  kernel<<<shares ? blocks : std::min(args.num_tiles, blocks), (kGroups + 1) * 128, sizeof(Shared) + 1024, stream>>>(
       args);
   check(cudaGetLastError(), "pyramid_st_attn forward");
 }
