@@ -170,9 +170,16 @@ __device__ inline void mask(const Gather& args, int first, int left, float (&s)[
     const int columns = rows / 8 * 2 + min(max(rows % 8 - column, 0), 2);
     valid |= ((1u << columns) - 1) << (args.box_rows / 4 * i);
   }
+  // In parts, of which most are whole.
+  constexpr int kPart = kScores % 12 == 0 ? 12 : 8;
 #pragma unroll
-  for (int i = 0; i < kScores; i++)
-    if (!(valid >> (i / 4 * 2 + i % 2) & 1)) s[i] = -INFINITY;
+  for (int part = 0; part < kScores; part += kPart) {
+    const uint32_t bits = valid >> part / 2, all = (1u << kPart / 2) - 1;
+    if (__all_sync(~0u, (bits & all) == all)) continue;
+#pragma unroll
+    for (int i = 0; i < kPart; i++)
+      if (!(bits >> (i / 4 * 2 + i % 2) & 1)) s[part + i] = -INFINITY;
+  }
 }
 
 }  // namespace univid::hopper
