@@ -22,6 +22,22 @@ MODULES = {
     "group_norm_silu": "group_norm",
 }
 
+# The same for whole models, of which only their own files count, not their operators'.
+MODELS = {
+    "unet": ("univid/model/*.py", "univid/model/configs/sd21.toml", "benchmarks/bench_unet.py"),
+    "pipeline": (
+        "univid/model/*.py",
+        "univid/model/configs/sd21.toml",
+        "univid/pipeline.py",
+        "univid/guidance.py",
+        "univid/graphs.py",
+        "univid/data/autoencoder.py",
+        "univid/data/clip.py",
+        "univid/data/files.py",
+        "benchmarks/bench_pipeline.py",
+    ),
+}
+
 
 @cache
 def environment() -> dict:
@@ -78,6 +94,8 @@ def sources_sha256(operator: str) -> str:
 
 
 def sources(operator: str) -> list[Path]:
+    if operator in MODELS:
+        return [path for pattern in MODELS[operator] for path in ROOT.glob(pattern)]
     name = MODULES[operator]
     patterns = (
         f"univid/ops/{name}.py",

@@ -9,8 +9,9 @@ from math import log
 from pathlib import Path
 from typing import NamedTuple
 
+from benchmarks import report_models
 from benchmarks.levels import LEVELS, UNET
-from benchmarks.record import MODULES, RESULTS, ROOT, sources_sha256
+from benchmarks.record import MODELS, MODULES, RESULTS, ROOT, sources_sha256
 from univid.kernels import measured
 
 PAGE = ROOT / "docs" / "benchmarks.md"
@@ -94,19 +95,21 @@ def main(arguments: list[str] | None = None) -> int:
         "--check", action="store_true", help="say whose sources have changed since its results, write nothing"
     )
     options = parser.parse_args(arguments)
-    results = read()
+    everything = read()
+    results, models = ([r for r in everything if (r.operator in MODELS) == whole] for whole in (False, True))
     if options.check:
-        stale = [result for result in results if result.stale]
+        stale = [result for result in everything if result.stale]
         for result in stale:
             name = result.path.stem
-            print(f"{_relative(result.path)}: sources changed since; run: pytest benchmarks/ --op {name}")
+            how = f"python -m benchmarks.bench_{name}" if name in MODELS else f"pytest benchmarks/ --op {name}"
+            print(f"{_relative(result.path)}: sources changed since; run: {how}")
         return len(stale) > 0
     measured.PATH.write_text(json.dumps(choices(results), indent=1) + "\n")
     plots = draw(results, PAGE.parent)
     PAGE.write_text("\n".join(_page(results, plots)) + "\n")
     before, _, rest = README.read_text().partition(BEGIN)
     README.write_text(before + "\n".join([BEGIN, "", *_summary(results), "", END]) + rest.partition(END)[2])
-    print(*map(_relative, (measured.PATH, *plots.values(), PAGE, README)))
+    print(*map(_relative, (measured.PATH, *plots.values(), PAGE, README, *report_models.write(models))))
     return 0
 
 
@@ -147,6 +150,8 @@ def choices(results: list[Result]) -> dict:
     """The content of ``univid/kernels/measured.json``."""
     table: dict = {}
     for result in results:
+        if result.operator in MODELS:
+            continue
         architecture = result.environment.get("architecture")
         module = MODULES[result.operator]
         groups: dict[tuple[str, str], list[dict]] = defaultdict(list)

@@ -23,6 +23,7 @@ from benchmarks import (
     peers,
     record,
     report,
+    report_models,
 )
 from benchmarks.harness import Prepared, WrongResultError
 from benchmarks.levels import LEVELS, SCALING, Level
@@ -153,6 +154,8 @@ def folder(tmp_path, monkeypatch):
     monkeypatch.setattr(record, "environment", lambda: ENVIRONMENT)
     monkeypatch.setattr(report, "PAGE", tmp_path / "docs" / "benchmarks.md")
     monkeypatch.setattr(report, "README", tmp_path / "README.md")
+    monkeypatch.setattr(report_models, "PAGE", tmp_path / "docs" / "benchmarks-models.md")
+    monkeypatch.setattr(report_models, "README", tmp_path / "README.md")
     monkeypatch.setattr(measured, "PATH", tmp_path / "measured.json")
     (tmp_path / "docs").mkdir()
     (tmp_path / "README.md").write_text(f"before\n{report.BEGIN}\nold\n{report.END}\nafter\n")
@@ -202,6 +205,40 @@ def test_report(folder):
     before = {path: path.read_bytes() for path in folder.glob("docs/*")}
     report.main([])
     assert before == {path: path.read_bytes() for path in folder.glob("docs/*")}
+
+
+@pytest.mark.skipif(find_spec("matplotlib") is None, reason="matplotlib is not installed")
+def test_report_of_models(folder):
+    def timed(implementation, direction, ms, **more):
+        head = {"op": "unet", "level": "24x40x72", "batch": 2, "implementation": implementation, "direction": direction}
+        return head | {"ms": ms, "tflop": 40.0, "tflops": round(40_000 / ms), "peak_mb": 4600} | more
+
+    unet = [
+        timed("univid", "fwd", 100.0, breakdown_ms=dict.fromkeys(report_models.BUDGET_MS, 20.0)),
+        timed("univid", "fwd_bwd", 300.0),
+        timed("a peer", "fwd", 200.0),
+        timed("another", "fwd", 1.0) | {"failure": "out of memory"},
+    ]
+    unet[-1].pop("ms")
+    record.write("unet", unet, folder / "results")
+    tasks = [("univid", "t2v", 5000, 9000), ("univid", "i2v", 5000, 9000), ("univid", "ti2v", 8000, 9500)]
+    rows = [
+        {"op": "pipeline", "level": task, "direction": "fwd", "implementation": name, "ms": ms, "peak_mb": mb}
+        for name, task, ms, mb in [*tasks, ("univid, low memory", "t2v", 6000, 5000)]
+    ]
+    record.write("pipeline", rows, folder / "results")
+    readme = folder / "README.md"
+    readme.write_text(readme.read_text() + f"{report_models.BEGIN}\nold\n{report_models.END}\nend\n")
+    assert report.main([]) == 0
+    page = (folder / "docs" / "benchmarks-models.md").read_text()
+    assert "| univid | 40.0 | 100.0 | 400 | 300.0 | 133 | 4.6 |" in page
+    assert "| a peer | 40.0 | 200.0 | 200 | – | – | 4.6 |" in page
+    assert "another: out of memory." in page
+    assert "| univid, low memory | 6.00 s, 5.0 GB | – | – |" in page
+    assert (folder / "docs" / "benchmarks-nvidia-h200-unet.svg").exists()
+    assert "| text to video, 24 frames of 320x576 | 9.0 | 5.0 |" in readme.read_text()
+    assert readme.read_text().endswith("\nend\n") and readme.read_text().count("old") == 0
+    assert report.main(["--check"]) == 0
 
 
 def test_check(folder, capsys):
