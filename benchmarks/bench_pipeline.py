@@ -2,7 +2,7 @@
 
 The pipeline is of full size (the U-Net, Stable Diffusion's autoencoder, both towers of OpenCLIP ViT-H-14) with random weights in
 bfloat16: what it shows is noise, what it takes is not. A time is that of a second call, 50 steps, the file's writing included;
-memory is the most that PyTorch held. Written when all have run: ``op`` "pipeline", ``level`` the task.
+memory is the most that PyTorch held. Rows are written as they come: ``op`` "pipeline", ``level`` the task.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import argparse
 import sys
 import tempfile
 import time
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
@@ -47,16 +48,22 @@ def main(arguments: list[str] | None = None) -> int:
         parser.error("an NVIDIA GPU is needed")
     record.environment()
     pipe = untrained().to("cuda")
-    rows = [measure(pipe, task, "univid", asked.steps) for task in TASKS]
+    rows: list[dict] = []
+
+    def run(name: str, tasks: Iterable[str]) -> None:
+        for task in tasks:
+            rows.append(measure(pipe, task, name, asked.steps))
+            if asked.steps == 50:
+                record.write("pipeline", rows)
+
+    run("univid", TASKS)
     if "low memory" not in asked.without:
         pipe.enable_low_memory()
-        rows += [measure(pipe, task, "univid, low memory", asked.steps) for task in ("t2v", "ti2v")]
+        run("univid, low memory", ("t2v", "ti2v"))
         pipe.disable_low_memory()
     if "compiled" not in asked.without:
         pipe.compile()
-        rows += [measure(pipe, task, "univid, compiled", asked.steps) for task in ("t2v", "ti2v")]
-    if asked.steps == 50:
-        print(record.write("pipeline", rows))
+        run("univid, compiled", ("t2v", "ti2v"))
     return 0
 
 

@@ -1,7 +1,7 @@
 """``python -m benchmarks.bench_unet``: the whole U-Net beside those of other video models, two clips of 24x40x72 latents.
 
 All are of full size with random weights in bfloat16, one after the other in one process; peers are diffusers'. The forward runs
-without gradients, the other row is a forward and a backward to all parameters. Written when every row has run: ``op`` "unet",
+without gradients, the other row is a forward and a backward to all parameters. Rows are written as they come: ``op`` "unet",
 ``direction`` fwd or fwd_bwd. ``--only NAME`` runs some of them and writes nothing.
 """
 
@@ -163,8 +163,8 @@ def main(arguments: list[str] | None = None) -> int:
         for row in measure(name, implementation):
             rows.append(row)
             print(_line(row), flush=True)
-    if not asked.only:
-        print(record.write("unet", rows))
+        if not asked.only:
+            record.write("unet", rows)
     return 0
 
 
