@@ -142,8 +142,8 @@ IMPLEMENTATIONS = {
     "ModelScope T2V (UNet3D)": Implementation(modelscope),
     "I2VGen-XL": Implementation(i2vgen),
     "Stable Video Diffusion": Implementation(svd),
-    "Stable Video Diffusion, compiled": Implementation(_compiled(svd), compiles=True, directions=("fwd",)),
     "Stable Diffusion 2.1, frames as a batch": Implementation(sd21),
+    "Stable Video Diffusion, compiled": Implementation(_compiled(svd), compiles=True, directions=("fwd",)),
 }
 
 
