@@ -396,22 +396,6 @@ def test_compiled_training(compiled):
         function(*arguments)
 
 
-def test_compiled_blocks():
-    torch.compiler.reset()
-    unet, arguments = random_unet(backend="torch"), inputs()
-    refs = unet.reference_frames(5)
-    results = []
-    for _ in range(2):
-        out = unet.train()(*arguments, refs=refs)
-        gradients = torch.autograd.grad(
-            out.square().mean(), [p for p in unet.parameters() if p.requires_grad], allow_unused=True
-        )
-        results.append((out, *(g for g in gradients if g is not None)))
-        unet.compile_blocks(backend="aot_eager")
-    torch.testing.assert_close(*results)
-    torch.compiler.reset()
-
-
 def test_from_the_meta_device():
     with torch.device("meta"):
         unet = UNet(TINY)

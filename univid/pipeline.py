@@ -17,7 +17,7 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
-from univid.data.autoencoder import CHUNK, Autoencoder, load_autoencoder
+from univid.data.autoencoder import Autoencoder, load_autoencoder
 from univid.data.clip import Clip, load_clip
 from univid.data.files import Frames, read_image, write_frames
 from univid.data.tensors import read_json
@@ -150,15 +150,6 @@ class UniVidPipeline:
         """Keep parts on the CPU until they work, run guidance passes one by one and decode single frames."""
         self.low_memory, self.vae.chunk = True, 1
         return self.to(self.device)
-
-    def disable_low_memory(self) -> UniVidPipeline:
-        self.low_memory, self.vae.chunk = False, CHUNK
-        return self.to(self.device)
-
-    def compile(self) -> UniVidPipeline:
-        """Compile the U-Net's blocks: a minute at the first call of a size, and faster steps from then on."""
-        self.unet.compile_blocks()
-        return self
 
     # --- generation --------------------------------------------------------------------------------------------------------------
 

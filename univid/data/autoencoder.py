@@ -12,8 +12,6 @@ from torch import Tensor, nn
 
 from univid.data.tensors import check_safetensors
 
-CHUNK = 4  # frames
-
 
 class Autoencoder(nn.Module):
     """Latents as the U-Net sees them: scaled to about unit variance.
@@ -25,7 +23,7 @@ class Autoencoder(nn.Module):
 
     vae: Any  # diffusers leaves its types open
 
-    def __init__(self, vae: AutoencoderKL, chunk: int = CHUNK):
+    def __init__(self, vae: AutoencoderKL, chunk: int = 4):
         super().__init__()
         self.vae = vae
         self.vae.eval().requires_grad_(False).to(memory_format=torch.channels_last)

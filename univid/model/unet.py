@@ -216,17 +216,6 @@ class UNet(Pretrained):
         levels = (*self.down_blocks, self.mid_block, *self.up_blocks)
         return [transformer for level in levels for transformer in level.attentions]
 
-    def compile_blocks(self, **options: Any) -> None:
-        """Compile every residual block and transformer. What repeats is compiled once, for each size; it fuses what lies
-        between the operators and the products.
-
-        Args:
-            options: what :func:`torch.compile` takes, such as ``backend``.
-        """
-        for module in self.modules():
-            if isinstance(module, ResidualBlock | Transformer):
-                module.compile(fullgraph=True, dynamic=False, **options)
-
     def reset_parameters(self) -> None:
         """Random weights, and zeros where the paper's modules begin as the identity; for a start on the meta device."""
         for module in self.modules():
