@@ -34,6 +34,7 @@ def test_a_clip_depends_on_its_index_alone():
         assert torch.equal(getattr(together, field.name)[17:18], getattr(alone, field.name)), field.name
     assert torch.equal(WORLD.render(together)[17:18], WORLD.render(alone))
     assert WORLD.captions(together)[17:18] == WORLD.captions(alone)
+    assert torch.equal(WORLD.render(together, frames=(3, 9)), WORLD.render(together)[:, [3, 9]])
     other = Shapes(seed=1).sample(torch.arange(40))
     assert not torch.equal(other.center, together.center)
 

@@ -200,13 +200,17 @@ class Shapes:
             **{name: x.float() for name, x in floats.items()},
         )
 
-    def render(self, attributes: Attributes, device: torch.device | str | None = None) -> Tensor:
-        """Frames ``(B, T, H, W, 3)``, uint8, on ``device`` (the attributes' by default)."""
+    def render(
+        self, attributes: Attributes, device: torch.device | str | None = None, frames: Sequence[int] | None = None
+    ) -> Tensor:
+        """Frames ``(B, T, H, W, 3)``, uint8, on ``device`` (the attributes' by default): all, or those that ``frames`` names."""
         attributes = attributes.to(device if device is not None else attributes.shape.device)
+        which = torch.tensor(range(self.num_frames) if frames is None else frames, dtype=torch.float32)
+        which = which.to(attributes.shape.device)
         starts = range(0, len(attributes), _CHUNK)
-        parts = [self._render(attributes[start : start + _CHUNK]) for start in starts]
-        empty = torch.empty(0, self.num_frames, self.size, self.size, 3, dtype=torch.uint8)
-        return torch.cat(parts) if parts else empty.to(attributes.shape.device)
+        parts = [self._render(attributes[start : start + _CHUNK], which) for start in starts]
+        empty = torch.empty(0, len(which), self.size, self.size, 3, dtype=torch.uint8, device=which.device)
+        return torch.cat(parts) if parts else empty
 
     def captions(
         self, attributes: Attributes, kind: Literal["random", "full", "appearance", "motion"] = "random"
@@ -234,12 +238,11 @@ class Shapes:
             raise ValueError("motion: a circle or a ring shall turn, which cannot be seen")
         return motion, torch.where(wrong, ROUND + (again * (len(SHAPES) - ROUND)).long(), shape)
 
-    def _render(self, a: Attributes) -> Tensor:
-        device = a.shape.device
-        step = torch.arange(self.num_frames, device=device, dtype=torch.float32) / max(1, self.num_frames - 1)
+    def _render(self, a: Attributes, which: Tensor) -> Tensor:
+        device = which.device
         pixel = torch.arange(self.size, device=device, dtype=torch.float32) + 0.5
         x, y = pixel[None, None, None, :], pixel[None, None, :, None]
-        center, radius, angle = self.trajectory(a, step)
+        center, radius, angle = self.trajectory(a, which / max(1, self.num_frames - 1))
         over = lambda values: values[..., None, None]  # noqa: E731  (B, T) over pixels
         cos, sin = over(torch.cos(2 * pi * angle)), over(torch.sin(2 * pi * angle))
         dx, dy = x - over(center[..., 0]), y - over(center[..., 1])
@@ -248,7 +251,7 @@ class Shapes:
         mask = (0.5 - distance).clamp(0, 1)
         palette = torch.tensor(list(COLOURS.values()), dtype=torch.float32, device=device)
         tones = a.tones[:, :, None, None, None]
-        ground = torch.lerp(tones[:, 0], tones[:, 1], self._texture(a, x, y)[..., None])
+        ground = torch.lerp(tones[:, 0], tones[:, 1], self._texture(a, which, x, y)[..., None])
         frames = torch.lerp(ground, palette[a.colour][:, None, None, None], mask[..., None])
         return (frames + 0.5).clamp(0, 255).to(torch.uint8)
 
@@ -260,9 +263,9 @@ class Shapes:
         center = torch.stack([center[..., 0], center[..., 1] - up], -1)
         return center, a.radius[:, None] * a.growth[:, None] ** step, a.angle[:, None] + a.turn[:, None] * step
 
-    def _texture(self, a: Attributes, x: Tensor, y: Tensor) -> Tensor:
+    def _texture(self, a: Attributes, which: Tensor, x: Tensor, y: Tensor) -> Tensor:
         """How much of the second tone each pixel has, ``(B, T, H, W)`` in [0, 1]."""
-        frame = torch.arange(self.num_frames, device=x.device, dtype=torch.float32)[:, None, None]
+        frame = which[:, None, None]
         one = lambda values: values[:, None, None, None]  # noqa: E731
         x, y = x - one(a.drift[:, 0]) * frame, y - one(a.drift[:, 1]) * frame
         cos, sin = one(torch.cos(2 * pi * a.slant)), one(torch.sin(2 * pi * a.slant))
