@@ -1,0 +1,236 @@
+"""Configuration: frozen dataclasses, filled from a TOML file and from ``key=value`` arguments."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import json
+import tomllib
+import types
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+
+CONFIGS = Path(__file__).parent / "configs"
+
+C = TypeVar("C")
+
+
+def need(name: str, got: Any, ok: bool, needs: str) -> None:
+    if not ok:
+        raise ValueError(f"{name}: got {got!r}, needs {needs}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Model:
+    """What training starts from: a pipeline's folder, Stable Diffusion 2.1, or random weights."""
+
+    start: str = ""  # a folder that train/export.py or save_pretrained wrote
+    sd21: str = ""  # Stable Diffusion 2.1's folder, with clip: OpenCLIP's
+    clip: str = ""
+    unet: str = "shapes"  # else random weights of this configuration, or TOML file
+    frozen: str = ""  # and vae/, clip/, scheduler/, generation.json from this folder; "": untrained ones, for a trial
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stream:
+    """Batches of one modality and length. A step takes one stream, the same on all ranks."""
+
+    source: str = "shapes"  # "shapes", "random" (noise, for measuring), or files: tar shards or a folder
+    share: float = 1.0  # of the steps, in relation to the other streams
+    batch_size: int = 8  # clips on each rank, in each of the step's parts
+    num_frames: int = 16  # T; 1: images
+    height: int = 64
+    width: int = 64
+    fps: float = 8.0
+    workers: int = 4  # that decode files
+    pool: int = 0  # of "shapes": clips that are rendered and encoded once and kept on the device; 0: each is new
+    min_score: dict[str, float] = field(default_factory=dict)  # of files: a clip's least score by field of its JSON
+
+    def __post_init__(self) -> None:
+        need("share", self.share, self.share >= 0, "a number >= 0")
+        for name in ("batch_size", "num_frames", "height", "width"):
+            need(name, getattr(self, name), getattr(self, name) >= 1, "a number >= 1")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Optimizer:
+    """AdamW with a linear warm-up, then a cosine down to ``final`` of the rate."""
+
+    lr: float = 1e-4
+    warmup: int = 100  # steps
+    final: float = 0.1
+    beta1: float = 0.9
+    beta2: float = 0.99
+    eps: float = 1e-8
+    weight_decay: float = 0.01  # not of vectors: biases and norms
+    clip_norm: float = 1.0
+    accumulate: int = 1  # parts of a step, one after the other
+    ema: float = 0.999  # decay of the average, which begins as (1 + step) / (10 + step)
+    min_snr: float = 0.0  # gamma of the loss's min-SNR weights; 0: all noise levels count alike
+    max_skipped: int = 20  # steps in a row with a gradient that is not finite, after which training stops
+
+    def __post_init__(self) -> None:
+        need("lr", self.lr, self.lr > 0, "a number > 0")
+        need("accumulate", self.accumulate, self.accumulate >= 1, "a number >= 1")
+        need("max_skipped", self.max_skipped, self.max_skipped >= 1, "a number >= 1")
+        need("ema", self.ema, 0 <= self.ema < 1, "a number in [0, 1)")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Compute:
+    dtype: Literal["auto", "bfloat16", "float32"] = "auto"  # of the computation; "auto": float32 on the CPU only
+    compile: str = "auto"  # a backend of torch.compile, or "none"; "auto": inductor on GPUs
+    activation_checkpointing: bool = False  # blocks are computed again in the backward, all but their attention
+    replicas: int = 0  # copies of the shards; 0: one a node
+
+
+@dataclass(frozen=True, kw_only=True)
+class Checkpoints:
+    every: int = 1000  # steps
+    keep: int = 3
+
+    def __post_init__(self) -> None:
+        need("every", self.every, self.every >= 1, "a number >= 1")
+        need("keep", self.keep, self.keep >= 1, "a number >= 1")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Log:
+    every: int = 50  # steps
+    tensorboard: bool = True
+    wandb: str = ""  # a project of Weights & Biases
+
+
+@dataclass(frozen=True, kw_only=True)
+class Validation:
+    """Clips of fixed prompts and seeds, drawn from the averaged weights."""
+
+    every: int = 0  # steps; 0: never
+    prompts: tuple[str, ...] = ()
+    images: tuple[str, ...] = ()  # files, one for each prompt; "": none
+    steps: int = 25
+
+    def __post_init__(self) -> None:
+        fits = len(self.images) in (0, len(self.prompts))
+        need("images", self.images, fits, f"none, or one for each of {len(self.prompts)} prompts")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    run: str = "runs/shapes"  # the folder of checkpoints, logs and validation clips
+    stage: Literal["t2v", "adapters", "joint"] = "joint"
+    steps: int = 20_000
+    seed: int = 0
+    model: Model = Model()
+    streams: dict[str, Stream] = field(default_factory=lambda: {"video": Stream()})
+    optimizer: Optimizer = Optimizer()
+    compute: Compute = Compute()
+    checkpoints: Checkpoints = Checkpoints()
+    log: Log = Log()
+    validation: Validation = Validation()
+
+    def __post_init__(self) -> None:
+        total = sum(stream.share for stream in self.streams.values())
+        need("streams", {n: s.share for n, s in self.streams.items()}, total > 0, "a share > 0")
+
+
+# --- reading ----------------------------------------------------------------------------------------------------------
+
+
+def load(cls: type[C], path: str | Path | None = None, overrides: Sequence[str] = ()) -> C:
+    """A dataclass from a TOML (or JSON) file, if any, and ``key=value`` texts over it, such as ``optimizer.lr=1e-4``.
+
+    Raises:
+        FileNotFoundError: there is no such file. ValueError: it is not TOML; an unknown key (the nearest is named), a value of
+            another type, or one that the dataclass refuses.
+    """
+    choices: dict[str, Any] = {}
+    if path is not None:
+        path = Path(path)
+        if not path.is_file():
+            known = ", ".join(sorted(str(p) for p in CONFIGS.glob("*.toml")))
+            raise FileNotFoundError(f"config: {path} does not exist; there are {known}")
+        try:
+            text = path.read_text()
+            choices = json.loads(text) if path.suffix == ".json" else tomllib.loads(text)
+        except ValueError as error:
+            raise ValueError(f"config: {path} is not TOML: {error}") from None
+    for override in overrides:
+        key, equals, text = override.partition("=")
+        if not equals:
+            raise ValueError(f"arguments: got {override!r}, needs key=value")
+        _put(cls, choices, key, _Text(text))
+    return _value(cls, choices, "")
+
+
+class _Text(str):
+    """A value as it was typed."""
+
+
+def _put(cls: type, choices: dict[str, Any], key: str, value: _Text) -> None:
+    """Put a value at its place in the nested tables."""
+    *tables, last = key.split(".")
+    for table in tables:
+        choices = choices.setdefault(table, {})
+        if not isinstance(choices, dict):
+            raise ValueError(f"{key}: unknown key; {table} is not a table")
+    choices[last] = value
+
+
+def _value(kind: Any, value: Any, key: str) -> Any:
+    """``value`` as a ``kind``; a typed text is read as TOML, or taken as it is where a text is needed."""
+    if isinstance(value, _Text):
+        value = _parsed(kind, value)
+    origin, arguments = get_origin(kind), get_args(kind)
+    if dataclasses.is_dataclass(kind) and isinstance(value, dict):
+        return _table(kind, value, key)
+    if origin is dict and isinstance(value, dict):
+        return {name: _value(arguments[1], entry, f"{key}.{name}") for name, entry in value.items()}
+    if origin is tuple and isinstance(value, list | tuple):
+        return tuple(_value(arguments[0], entry, key) for entry in value)
+    if origin is Literal and value in arguments:
+        return value
+    if origin in (Union, types.UnionType):
+        if value is None:
+            return None
+        (kind,) = (argument for argument in arguments if argument is not type(None))
+        return _value(kind, value, key)
+    if kind is float and type(value) is int:
+        return float(value)
+    if isinstance(kind, type) and type(value) is kind:
+        return value
+    needs = " or ".join(map(repr, arguments)) if origin is Literal else _name(kind)
+    raise ValueError(f"{key}: got {value!r}, needs {needs}")
+
+
+def _parsed(kind: Any, text: _Text) -> Any:
+    if kind is str or get_origin(kind) is Literal:
+        return str(text)
+    try:
+        return tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        return str(text)  # refused with the type that is needed
+
+
+def _table(cls: Any, choices: Mapping[str, Any], key: str) -> Any:
+    kinds = get_type_hints(cls)
+    prefix = f"{key}." if key else ""
+    for name in choices:
+        if name not in kinds:
+            close = difflib.get_close_matches(name, kinds, 1, 0.5)
+            hint = f"; the nearest is {prefix}{close[0]}" if close else f"; there are {', '.join(kinds)}"
+            raise ValueError(f"{prefix}{name}: unknown key{hint}")
+    try:
+        return cls(**{name: _value(kinds[name], value, f"{prefix}{name}") for name, value in choices.items()})
+    except TypeError as error:  # a field without a default
+        raise ValueError(f"{key or 'config'}: {error}") from None
+
+
+def _name(kind: Any) -> str:
+    if dataclasses.is_dataclass(kind) or get_origin(kind) is dict:
+        return "a table"
+    if get_origin(kind) is tuple:
+        return f"a list of {get_args(kind)[0].__name__}"
+    return getattr(kind, "__name__", str(kind))
