@@ -1,0 +1,151 @@
+"""Train the small model's autoencoder on the shapes world: ``python train/shapes_vae.py [config.toml] [key=value ...]``.
+
+diffusers' AutoencoderKL of factor 4, for frames of 64x64 pixels; some minutes on a GPU, from nothing. What it writes is read by
+``univid.data.autoencoder.load_autoencoder``.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[1]))  # the folder that holds univid/ and train/
+
+import torch
+from diffusers import AutoencoderKL
+from torch import Tensor
+
+from train.config import load, need
+from univid.data.autoencoder import Autoencoder
+from univid.data.shapes import Shapes, held_out
+
+FRAMES = (0, 5, 10, 15)  # of each clip
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    out: str = "runs/shapes_vae"
+    steps: int = 2000
+    batch_size: int = 64  # clips, four frames of each
+    lr: float = 2e-3  # after a warm-up, then a cosine to zero
+    kl: float = 3e-4  # weight of the latents' divergence from a unit normal, a mean over their numbers
+    edges: float = 0.5  # weight of the L1 of differences between neighbouring pixels
+    channels: tuple[int, ...] = (32, 64, 96)
+    seed: int = 0
+    device: str = "auto"
+
+    def __post_init__(self) -> None:
+        need("steps", self.steps, self.steps >= 2, "a number >= 2")
+        need("batch_size", self.batch_size, self.batch_size >= 1, "a number >= 1")
+
+
+def build(channels: Sequence[int]) -> AutoencoderKL:
+    levels = len(channels)
+    return AutoencoderKL(
+        down_block_types=("DownEncoderBlock2D",) * levels,
+        up_block_types=("UpDecoderBlock2D",) * levels,
+        block_out_channels=tuple(channels),
+        layers_per_block=1,
+        latent_channels=4,
+        norm_num_groups=16,
+        sample_size=64,
+        scaling_factor=1.0,
+    )
+
+
+def loss(vae: AutoencoderKL, pixels: Tensor, config: Config) -> dict[str, Tensor]:
+    """The parts of the loss, of pixels ``(M, 3, H, W)`` in [-1, 1]."""
+    with torch.autocast(pixels.device.type, torch.bfloat16, enabled=pixels.is_cuda):
+        posterior = vae.encode(pixels).latent_dist
+        error = vae.decode(posterior.sample()).sample.float() - pixels
+    mean, logvar = posterior.mean.float(), posterior.logvar.float()
+    return {
+        "l1": error.abs().mean(),
+        "edges": config.edges * (error.diff(dim=-1).abs().mean() + error.diff(dim=-2).abs().mean()),
+        "kl": config.kl * 0.5 * (mean**2 + logvar.exp() - 1 - logvar).mean(),
+    }
+
+
+@torch.no_grad()
+def standardise(vae: AutoencoderKL, pixels: Sequence[Tensor]) -> None:
+    """Latents of mean zero, by the biases on both sides of them, and 1/std as the scaling factor."""
+    latents = torch.cat([vae.encode(part).latent_dist.mode().float() for part in pixels])
+    mean = latents.mean((0, 2, 3))
+    vae.quant_conv.bias[: len(mean)] -= mean
+    vae.post_quant_conv.bias += vae.post_quant_conv.weight[:, :, 0, 0] @ mean
+    vae.register_to_config(scaling_factor=1 / (latents - mean[:, None, None]).std().item())
+
+
+@torch.no_grad()
+def psnr(vae: Autoencoder, frames: Tensor) -> float:
+    """In dB, of reconstructed uint8 frames ``(B, T, H, W, 3)``."""
+    again = vae.decode(vae.encode(to_pixels(frames).unflatten(0, frames.shape[:2])))
+    return (10 * torch.log10(255**2 / (again.float() - frames.cpu().float()).square().mean((1, 2, 3, 4))).mean()).item()
+
+
+def to_pixels(frames: Tensor) -> Tensor:
+    """uint8 ``(B, T, H, W, 3)`` to ``(B T, 3, H, W)`` in [-1, 1], channels last."""
+    return (frames.flatten(0, 1).float() / 127.5 - 1).permute(0, 3, 1, 2)
+
+
+def train(config: Config) -> Autoencoder:
+    device = {"auto": "cuda" if torch.cuda.is_available() else "cpu"}.get(config.device, config.device)
+    torch.manual_seed(config.seed)
+    torch.backends.cudnn.benchmark = True
+    world = Shapes()
+    vae = build(config.channels).to(device, memory_format=torch.channels_last)
+    optimizer = torch.optim.AdamW(vae.parameters(), lr=config.lr, betas=(0.9, 0.99), weight_decay=0.0)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(
+        optimizer, config.lr, config.steps, pct_start=0.05, cycle_momentum=False
+    )
+
+    def draw(step: int) -> Tensor:
+        indices = torch.arange(step * config.batch_size, (step + 1) * config.batch_size)
+        return to_pixels(world.render(world.sample(indices), device, FRAMES))
+
+    start = time.perf_counter()
+    for step in range(config.steps):
+        parts = loss(vae, draw(step), config)
+        optimizer.zero_grad()
+        torch.stack(list(parts.values())).sum().backward()
+        torch.nn.utils.clip_grad_norm_(vae.parameters(), 1.0)
+        optimizer.step()
+        schedule.step()
+        if step % 100 == 0 or step == config.steps - 1:
+            shown = "  ".join(f"{name} {part.item():.4f}" for name, part in parts.items())
+            print(f"step {step:5}  {shown}  {time.perf_counter() - start:6.1f} s", flush=True)
+    vae.eval()
+    with torch.autocast(device, torch.bfloat16, enabled=device == "cuda"):
+        standardise(vae, [draw(config.steps + i).contiguous(memory_format=torch.channels_last) for i in range(8)])
+    result = Autoencoder(vae.half().float(), chunk=128)  # judged as it is saved
+    report = {
+        **{name: value for name, value in dataclasses.asdict(config).items() if name not in ("out", "device")},
+        "seconds": round(time.perf_counter() - start, 1),
+        "on": torch.cuda.get_device_name() if device == "cuda" else device,
+        "psnr_held_out": round(psnr(result, world.render(world.sample(held_out(64)), device)), 2),
+    }
+    print(json.dumps(report), flush=True)
+    result.half().save(Path(config.out))
+    (Path(config.out) / "training.json").write_text(json.dumps(report, indent=1) + "\n")
+    return result
+
+
+def main(arguments: Sequence[str]) -> int:
+    path = None
+    if arguments and "=" not in arguments[0]:
+        path, *arguments = arguments
+    try:
+        train(load(Config, path, arguments))
+    except (ValueError, OSError) as error:
+        print(f"shapes_vae: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
