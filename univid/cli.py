@@ -84,6 +84,20 @@ def info(options: argparse.Namespace) -> int:
     return 0
 
 
+def judge(options: argparse.Namespace) -> int:
+    import torch
+
+    from univid.judge import Examination, examine
+    from univid.pipeline import UniVidPipeline
+
+    device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    dtype = torch.float32 if device == "cpu" else torch.bfloat16
+    pipe = UniVidPipeline.from_pretrained(_model(options.checkpoint), torch_dtype=dtype).to(device)
+    settings = {name: getattr(options, name) for name in ("count", "pairs", "batch", "steps", "seed")}
+    print(examine(Examination(pipe, **settings), options.sets.split(","), Path(options.output)))
+    return 0
+
+
 def bench(options: argparse.Namespace) -> int:
     root = Path(__file__).parent.parent / "benchmarks"
     if not root.is_dir():
@@ -178,6 +192,18 @@ def _parser() -> argparse.ArgumentParser:
     command(bench, "Time the operators on this GPU (the quick set).")
     show = command(info, "What a checkpoint holds.")
     show.add_argument("checkpoint", metavar="CHECKPOINT", help="its folder, or the name of one that ships")
+    test = command(
+        judge, "How well a checkpoint of the shapes world does what it is told, judged by its clips' pixels."
+    )
+    test.add_argument("checkpoint", metavar="CHECKPOINT", help="its folder, or the name of one that ships")
+    test.add_argument("-o", "--output", default="judge.json", help="what was found (default: judge.json)")
+    test.add_argument("--sets", default="t2v,i2v,ti2v,sweep", help="which (default: t2v,i2v,ti2v,sweep)")
+    test.add_argument("--count", type=int, default=500, metavar="N", help="clips of each set (default: 500)")
+    test.add_argument("--pairs", type=int, default=200, metavar="N", help="of the sweeps (default: 200)")
+    test.add_argument("--batch", type=int, default=50, metavar="N", help="clips at a time (default: 50)")
+    test.add_argument("--steps", type=int, default=25, help="sampling steps (default: 25)")
+    test.add_argument("--seed", type=int, default=0)
+    test.add_argument("--device", help="cuda or cpu (default: the GPU, if there is one)")
     return parser
 
 
