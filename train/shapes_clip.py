@@ -31,6 +31,7 @@ from torch.utils.data import DataLoader, Dataset
 from train.config import load, need
 from univid.data.clip import VOCABULARY, Clip, build_clip
 from univid.data.shapes import Shapes, held_out
+from univid.data.shapes_captions import KINDS
 
 FRAMES = (0, 3, 6, 9)  # near enough that no shape turns by half its symmetry from one to the next
 
@@ -86,7 +87,8 @@ def _merged(word: tuple[str, ...], pair: tuple[str, str]) -> tuple[str, ...]:
 
 def write_vocabulary(path: Path, world: Shapes, count: int = 486) -> int:
     """The merges of captions, in open_clip's format; the number of tokens (1,000 at most: 512 bytes, merges, start and end)."""
-    captions = world.captions(world.sample(torch.arange(20_000)), "full")
+    attributes = world.sample(torch.arange(20_000))
+    captions = [caption for kind in KINDS for caption in world.captions(attributes, kind)]
     words = (caption.replace("-", " - ").replace(",", " , ").replace(";", " ; ") for caption in captions)
     found = merges(words, count)
     path.parent.mkdir(parents=True, exist_ok=True)

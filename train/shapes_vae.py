@@ -121,13 +121,13 @@ def train(config: Config) -> Autoencoder:
             print(f"step {step:5}  {shown}  {time.perf_counter() - start:6.1f} s", flush=True)
     vae.eval()
     with torch.autocast(device, torch.bfloat16, enabled=device == "cuda"):
-        standardise(vae, [draw(config.steps + i).contiguous(memory_format=torch.channels_last) for i in range(8)])
+        standardise(vae, [draw(config.steps + i).contiguous(memory_format=torch.channels_last) for i in range(4)])
     result = Autoencoder(vae.half().float(), chunk=128)  # judged as it is saved
     report = {
         **{name: value for name, value in dataclasses.asdict(config).items() if name not in ("out", "device")},
         "seconds": round(time.perf_counter() - start, 1),
         "on": torch.cuda.get_device_name() if device == "cuda" else device,
-        "psnr_held_out": round(psnr(result, world.render(world.sample(held_out(64)), device)), 2),
+        "psnr_held_out": round(psnr(result, world.render(world.sample(held_out(64)), device, FRAMES)), 2),
     }
     print(json.dumps(report), flush=True)
     result.half().save(Path(config.out))
