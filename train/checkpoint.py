@@ -1,0 +1,180 @@
+"""Checkpoints by torch.distributed.checkpoint, written beside the training: at any instant the last one is whole.
+
+A checkpoint is a folder ``step-00001000``: the shards of weights, average and moments, and ``state.json`` with what else it
+takes to go on. It is written as ``step-00001000.partial`` and renamed by rank 0 once all ranks have written their part.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import threading
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch import Tensor, nn
+from torch.distributed.checkpoint import CheckpointException, FileSystemReader, FileSystemWriter
+from torch.distributed.device_mesh import DeviceMesh
+
+from train.optimizer import ShardedAdamW
+from train.processes import Processes
+from train.sharding import Shard, local_shards
+
+STATE = "state.json"
+PARTIAL = ".partial"
+
+
+def checkpoints(folder: Path) -> list[Path]:
+    """Those that are whole, the oldest first."""
+    return sorted(path for path in folder.glob("step-*") if path.suffix != PARTIAL and (path / STATE).is_file())
+
+
+class Checkpoints:
+    """Writes the state of a training, and reads it back, on as many ranks as there are.
+
+    Args:
+        folder: where. keep: how many.
+    """
+
+    def __init__(self, folder: Path, model: nn.Module, optimizer: ShardedAdamW, processes: Processes, keep: int = 3):
+        self.folder, self.optimizer, self.processes, self.keep = folder, optimizer, processes, keep
+        if processes.first:
+            for partial in folder.glob(f"*{PARTIAL}"):
+                shutil.rmtree(partial)
+        self.group: Any = dist.new_group(backend="gloo")  # the writing thread's own
+        self.shards: dict[str, list[tuple[Shard, Tensor]]] = {
+            "model": [(shard, shard.local) for shard in local_shards(model)],
+            **optimizer.tensors(),
+        }
+        self._host: dict[str, Tensor] = {}
+        self._thread: threading.Thread | None = None
+        self._error: BaseException | None = None
+
+    def latest(self) -> Path | None:
+        """Rank 0's answer, on every rank."""
+        found = checkpoints(self.folder) if self.processes.first else []
+        return self.processes.share(found[-1] if found else None)
+
+    def save(self, step: int, state: Mapping[str, Any]) -> None:
+        """Take a copy of everything now, and write it while training goes on.
+
+        Args:
+            state: what else to keep, as JSON: the same on all ranks.
+
+        Raises:
+            OSError: the last one could not be written.
+        """
+        self.wait()
+        path = self.folder / f"step-{step:08}"
+        if path.exists():  # written by the run that this one continues
+            return
+        tensors = self._copy()
+        self._thread = threading.Thread(target=self._write, args=(path, tensors, dict(state)), daemon=True)
+        self._thread.start()
+
+    def wait(self) -> None:
+        """Until the last one is there."""
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+        self.check()
+
+    def check(self) -> None:
+        """Raise what happened to the writing thread, without waiting for it."""
+        if self._error is not None:
+            error, self._error = self._error, None
+            raise OSError(f"checkpoint: cannot write to {self.folder}: {_cause(error)}") from None
+
+    def load(self, path: Path) -> dict[str, Any]:
+        """Read a checkpoint into model, average and optimizer; its ``state``."""
+        tensors = self._copy()
+        dcp.load(tensors, storage_reader=FileSystemReader(path), process_group=self.group)
+        with torch.no_grad():
+            for kind, shards in self.shards.items():
+                for shard, local in shards:
+                    local.copy_(self._host[f"{kind}.{shard.name}"])
+            for name, count in self.optimizer.counts().items():
+                count.copy_(self._host[name])
+        return read_state(path)
+
+    # --- writing ------------------------------------------------------------------------------------------------------
+
+    def _copy(self) -> dict[str, Any]:
+        """This rank's tensors on the host, as parts of the whole ones."""
+        mesh: DeviceMesh = self.processes.host_mesh
+        tensors: dict[str, Any] = {}
+        for kind, shards in self.shards.items():
+            for shard, local in shards:
+                tensors[f"{kind}.{shard.name}"] = shard.whole(self._to_host(f"{kind}.{shard.name}", local), mesh)
+        for name, count in self.optimizer.counts().items():
+            tensors[name] = self._to_host(name, count)
+        if self.processes.device.type == "cuda":
+            torch.cuda.synchronize()
+        return tensors
+
+    def _to_host(self, name: str, x: Tensor) -> Tensor:
+        if name not in self._host:  # pinned once, used for every checkpoint
+            self._host[name] = torch.empty_like(x, device="cpu", pin_memory=x.device.type == "cuda")
+        return self._host[name].copy_(x, non_blocking=True)
+
+    def _write(self, path: Path, tensors: dict[str, Any], state: dict[str, Any]) -> None:
+        partial = path.with_name(path.name + PARTIAL)
+        try:
+            if self.processes.first:
+                shutil.rmtree(partial, ignore_errors=True)
+                partial.mkdir(parents=True)
+                (partial / STATE).write_text(json.dumps(state, indent=1) + "\n")
+            dist.barrier(group=self.group)
+            writer = FileSystemWriter(partial, thread_count=4)
+            dcp.save(tensors, storage_writer=writer, process_group=self.group)
+            dist.barrier(group=self.group)  # all have written
+            if self.processes.first:
+                os.rename(partial, path)
+                _sync(self.folder)
+                for old in checkpoints(self.folder)[: -self.keep]:
+                    gone = old.with_name(old.name + PARTIAL)  # never half there under its name
+                    os.rename(old, gone)
+                    shutil.rmtree(gone)
+        except BaseException as error:
+            self._error = error
+
+
+def read_state(path: Path) -> dict[str, Any]:
+    return json.loads((path / STATE).read_text())
+
+
+def check_architecture(path: Path, identity: Mapping[str, Any]) -> None:
+    """Raise ValueError where a checkpoint is of another stage or model; it names what differs."""
+    state = read_state(path)
+    identity = json.loads(json.dumps(identity))  # tuples are lists there
+    for key, here in identity.items():
+        there = state.get(key)
+        if there == here:
+            continue
+        if isinstance(here, dict) and isinstance(there, dict):
+            key = next(name for name in here.keys() | there.keys() if here.get(name) != there.get(name))
+            here, there = here.get(key), there.get(key)
+        raise ValueError(f"run: {path} has {key} = {there!r}, this configuration {here!r}; another run's folder needed")
+
+
+def _sync(folder: Path) -> None:
+    """A rename is on disk once its folder is."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _cause(error: BaseException) -> str:
+    """One line, of the first rank that failed."""
+    if isinstance(error, CheckpointException) and error.failures:
+        error = next(iter(error.failures.values()))[0]
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return str(error).splitlines()[0] if str(error) else type(error).__name__

@@ -1,0 +1,205 @@
+"""Where batches come from, and how they become what the U-Net takes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from train.config import Stream
+from train.parts import Parts
+from train.processes import Processes
+from train.sharding import stable_seed
+from train.stages import to_device
+from univid.data.batch import Batch
+from univid.model import UNetConfig
+
+POOLED = ("fps", "latents", "text", "image")
+
+
+class Source(Protocol):
+    """Endless batches of this rank; its state is of all ranks together, and holds for any number of them."""
+
+    def next(self) -> Batch: ...
+    def state_dict(self) -> dict[str, Any]: ...
+    def load_state_dict(self, state: dict[str, Any]) -> None: ...
+
+
+def open_source(
+    name: str, stream: Stream, config: UNetConfig, encoder: Encoder, processes: Processes, seed: int
+) -> Source:
+    """Raises ValueError, FileNotFoundError: a source that does not exist, or holds nothing."""
+    if stream.source == "random":
+        return RandomLatents(stream, config, encoder, processes)
+    return RenderedShapes(stream, encoder, processes, stable_seed(seed, name))
+
+
+class _Counted:
+    """A source of samples that are numbered: the ranks take turns of a batch each."""
+
+    def __init__(self, stream: Stream, processes: Processes):
+        self.stream, self.processes = stream, processes
+        self.position = 0  # samples that all ranks together have had
+
+    def _indices(self) -> Tensor:
+        size = self.stream.batch_size
+        first = self.position + self.processes.rank * size
+        self.position += self.processes.world_size * size
+        return torch.arange(first, first + size)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"position": self.position}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.position = state["position"]
+
+
+class RandomLatents(_Counted):
+    """The same random latents and tokens in every batch, under other keys: to measure speed, with nothing to load."""
+
+    def __init__(self, stream: Stream, config: UNetConfig, encoder: Encoder, processes: Processes):
+        super().__init__(stream, processes)
+        device = processes.device
+        clips, factor = stream.batch_size, encoder.factor
+        size = (config.in_channels, stream.height // factor, stream.width // factor)
+        generator = torch.Generator(device).manual_seed(processes.rank)
+        self.latents, self.text, self.image = (
+            torch.randn(shape, generator=generator, device=device)
+            for shape in (
+                (clips, stream.num_frames, *size),
+                (clips, 77, config.context_dim),
+                (clips, 257, config.image_dim),
+            )
+        )
+        self.fps = torch.full((clips,), stream.fps, device=device)
+
+    def next(self) -> Batch:
+        keys = [f"random/{index}" for index in self._indices().tolist()]
+        return Batch(keys, [""] * len(keys), self.fps, latents=self.latents, text=self.text, image=self.image)
+
+
+class RenderedShapes(_Counted):
+    """Clips of the shapes world, rendered on the device; or a pool of them, encoded once and kept there.
+
+    A pool's clips come in another order each time round, by a permutation that depends on the seed.
+    """
+
+    def __init__(self, stream: Stream, encoder: Encoder, processes: Processes, seed: int):
+        from univid.data.shapes import Shapes
+
+        super().__init__(stream, processes)
+        if stream.height != stream.width:
+            raise ValueError(f"streams: got {stream.height}x{stream.width} shapes, needs squares")
+        self.world = Shapes(num_frames=max(2, stream.num_frames), size=stream.height)
+        self.encoder, self.seed = encoder, seed
+        self.pool: Batch | None = None
+        if stream.pool:
+            parts = [self._encoded(indices) for indices in torch.arange(stream.pool).split(256)]
+            self.pool = Batch(
+                [key for part in parts for key in part.keys],
+                [caption for part in parts for caption in part.captions],
+                **{name: torch.cat([getattr(part, name) for part in parts]) for name in POOLED},
+            )
+
+    def next(self) -> Batch:
+        indices = self._indices()
+        return self._render(indices) if self.pool is None else self._of_pool(self.pool, indices)
+
+    def _render(self, indices: Tensor) -> Batch:
+        attributes = self.world.sample(indices)
+        frames = self.world.render(attributes, self.processes.device)[:, : self.stream.num_frames]
+        # What moves cannot be told from a picture.
+        kind = "random" if self.stream.num_frames > 1 else "appearance"
+        captions = self.world.captions(attributes, kind=kind)
+        fps = torch.full((len(indices),), self.stream.fps, device=frames.device)
+        return Batch([f"shapes/{i}" for i in indices.tolist()], captions, fps, frames)
+
+    def _encoded(self, indices: Tensor) -> Batch:
+        batch = self._render(indices)
+        encode = self.encoder
+        latents, text, image = encode.latents(batch), encode.text(batch), encode.image(batch)
+        return replace(batch, frames=None, latents=latents, text=text, image=image)
+
+    def _of_pool(self, pool: Batch, indices: Tensor) -> Batch:
+        rows = []
+        for index in indices.tolist():
+            time, place = divmod(index, len(pool.keys))
+            rows.append(int(self._order(time)[place]))
+        there = to_device(torch.tensor(rows), self.processes.device)
+        tensors = {name: getattr(pool, name)[there] for name in POOLED}
+        return Batch([pool.keys[row] for row in rows], [pool.captions[row] for row in rows], **tensors)
+
+    def _order(self, time: int) -> Tensor:
+        if getattr(self, "_time", None) != time:
+            generator = torch.Generator().manual_seed(stable_seed(self.seed, time))
+            self._time, self._permutation = time, torch.randperm(self.stream.pool, generator=generator)
+        return self._permutation
+
+
+@dataclass(frozen=True)
+class Conditioned:
+    """A batch on the device, as the U-Net takes it."""
+
+    latents: Tensor  # (B, T, C, h, w)
+    text: Tensor  # (B, L, context_dim)
+    image: Tensor | None  # (B, L, image_dim) of the first frame, before the adapter
+    fps: Tensor  # (B,)
+
+
+class Encoder:
+    """The frozen parts at work: on frames and captions, where the data does not come as latents and tokens.
+
+    Args:
+        context_dim: of the prompt's tokens. trial: there is nothing but random ones, and zeros are the empty prompt's.
+    """
+
+    def __init__(self, parts: Parts, device: torch.device, context_dim: int, trial: bool = False):
+        self.parts, self.device, self.context_dim, self.trial = parts, device, context_dim, trial
+        self._empty: Tensor | None = None
+
+    @property
+    def factor(self) -> int:
+        """Pixels along the side of a latent."""
+        return 8 if self.trial else self.parts.vae.factor
+
+    def __call__(self, batch: Batch, task: str) -> Conditioned:
+        return Conditioned(
+            self.latents(batch),
+            self.empty(len(batch.keys)) if task == "i2v" else self.text(batch),
+            None if task == "t2v" else self.image(batch),
+            batch.fps.to(self.device, non_blocking=True),
+        )
+
+    def latents(self, batch: Batch) -> Tensor:
+        if batch.latents is not None:
+            return batch.latents.to(self.device, non_blocking=True)
+        vae, pixels = self.parts.vae, self._pixels(batch)
+        vae.chunk = max(1, 2**21 // (pixels.shape[-1] * pixels.shape[-2]))  # frames; bounds the memory
+        return vae.encode(pixels * 2 - 1)
+
+    def text(self, batch: Batch) -> Tensor:
+        if batch.text is not None:
+            return batch.text.to(self.device, non_blocking=True)
+        return self.parts.clip.text(batch.captions)
+
+    def image(self, batch: Batch) -> Tensor:
+        if batch.image is not None:
+            return batch.image.to(self.device, non_blocking=True)
+        return self.parts.clip.image(self._pixels(batch)[:, 0])
+
+    def empty(self, clips: int) -> Tensor:
+        """The empty prompt's tokens."""
+        if self._empty is None:
+            if self.trial:
+                self._empty = torch.zeros(1, 77, self.context_dim, device=self.device)
+            else:
+                self._empty = self.parts.clip.text([""])
+        return self._empty.expand(clips, -1, -1)
+
+    def _pixels(self, batch: Batch) -> Tensor:
+        """``(B, T, 3, H, W)`` in [0, 1]."""
+        assert batch.frames is not None  # else the cache lacks tokens
+        frames = batch.frames.to(self.device, non_blocking=True)
+        return frames.movedim(-1, 2).to(self.parts.dtype) / 255

@@ -1,0 +1,85 @@
+"""From a run to a pipeline's folder: ``python train/export.py RUN OUT [key=value ...]``, with the averaged weights, as safetensors.
+
+A model of the stage t2v has seen no image: its keys and values of the image become copies of the text's, from which the stage
+adapters is to start.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+sys.path.insert(0, str(Path(__file__).parents[1]))  # the folder that holds univid/ and train/
+
+import torch
+import torch.distributed.checkpoint as dcp
+from torch import Tensor
+
+from train.checkpoint import checkpoints, read_state
+from train.config import Config, load
+from train.parts import Parts
+from train.validation import assemble
+from univid.model import UNetConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class Export:
+    step: int = 0  # of the checkpoint; 0: the last
+    weights: Literal["ema", "model"] = "ema"
+    dtype: Literal["float32", "float16", "bfloat16"] = "float32"
+
+
+def export(run: Path, out: Path, choices: Export = Export()) -> Path:
+    """Write ``out``; the checkpoint that it is of.
+
+    Raises:
+        FileNotFoundError: no run, or no such checkpoint.
+    """
+    found = {read_state(path)["step"]: path for path in checkpoints(run / "checkpoints")}
+    step = choices.step or max(found, default=0)
+    if step not in found:
+        there = ", ".join(map(str, sorted(found))) or "none"
+        raise FileNotFoundError(f"run: {run} has no checkpoint of step {step}; there is {there}")
+    state = read_state(found[step])
+    config = load(Config, run / "config.json")
+    unet = UNetConfig.of(state["unet"])
+    dtype: torch.dtype = getattr(torch, choices.dtype)
+    model = assemble(unet, read_weights(found[step], choices.weights))
+    if state["stage"] == "t2v":
+        for transformer in model.unet.transformers():
+            attention = transformer.cross_attention
+            attention.to_k_image.load_state_dict(attention.to_k.state_dict())
+            attention.to_v_image.load_state_dict(attention.to_v.state_dict())
+    Parts(config.model, dtype, torch.device("cpu")).pipeline(model.to(dtype)).save_pretrained(out)
+    return found[step]
+
+
+def read_weights(checkpoint: Path, kind: str) -> dict[str, Tensor]:
+    """Whole tensors, in this one process: of the average where there is one (what is not trained has none)."""
+    reader = dcp.FileSystemReader(checkpoint)
+    stored: Any = reader.read_metadata().state_dict_metadata
+    names = [name.removeprefix("model.") for name in stored if name.startswith("model.")]
+    keys = {name: f"{kind}.{name}" if f"{kind}.{name}" in stored else f"model.{name}" for name in names}
+    tensors = {key: torch.empty(stored[key].size) for key in keys.values()}
+    dcp.load(tensors, storage_reader=reader, no_dist=True)
+    return {name: tensors[key] for name, key in keys.items()}
+
+
+def main(arguments: Sequence[str]) -> int:
+    try:
+        if len(arguments) < 2:
+            raise ValueError("arguments: RUN and OUT needed, two folders")
+        run, out, *overrides = arguments
+        source = export(Path(run), Path(out), load(Export, None, overrides))
+        print(f"{out}: {source}")
+    except (ValueError, OSError) as error:
+        print(f"{type(error).__name__}: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,173 @@
+"""Train UniVid: ``torchrun train/fsdp.py [train/configs/NAME.toml] [key=value ...]``, on one process or many.
+
+Without arguments: the small model on generated shapes, on the GPUs that are there, else on the CPU. The same command again goes
+on from the last checkpoint.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[1]))  # the folder that holds univid/ and train/
+
+import torch
+
+from train.checkpoint import Checkpoints, check_architecture
+from train.config import CONFIGS, Config, load
+from train.data import Conditioned, Encoder, open_source
+from train.diffusion import Diffusion
+from train.flops import Flops
+from train.log import Logs, Meter, Step
+from train.optimizer import ShardedAdamW, learning_rate
+from train.parts import Parts
+from train.processes import Processes, processes
+from train.sharding import Denoiser, checkpoint_activations, compile_blocks, materialise, shard
+from train.stages import STAGES, Plan, draw, plan
+from train.validation import validate
+
+
+class Trainer:
+    """All of a run: model, optimizer, data, checkpoints."""
+
+    def __init__(self, config: Config, processes: Processes):
+        self.config, self.processes, self.stage = config, processes, STAGES[config.stage]
+        device = processes.device
+        on_gpu = device.type == "cuda"
+        dtypes = {"auto": torch.bfloat16 if on_gpu else torch.float32, "bfloat16": torch.bfloat16}
+        self.dtype = dtypes.get(config.compute.dtype, torch.float32)
+        self.parts = Parts(config.model, self.dtype, device)
+        whole = self.parts.whole()
+        unet = whole.unet.config
+
+        with torch.device("meta"):
+            self.model = Denoiser(unet).train()
+        self.stage.choose(self.model)
+        if config.compute.activation_checkpointing:
+            checkpoint_activations(self.model)
+        backend = {"auto": "inductor" if on_gpu else "none"}.get(config.compute.compile, config.compute.compile)
+        if backend != "none":
+            compile_blocks(self.model, backend, len(config.streams) * len(self.stage.tasks))
+        shard(self.model, processes.mesh, self.dtype)
+        materialise(self.model, device, whole, config.seed)
+        del whole
+
+        self.diffusion = Diffusion(self.parts.scheduler, device, config.optimizer.min_snr)
+        self.optimizer = ShardedAdamW(self.model, config.optimizer, processes.shard_group)
+        trial = all(stream.source == "random" for stream in config.streams.values())
+        self.encoder = Encoder(self.parts, device, unet.context_dim, trial)
+        self.sources = {
+            name: open_source(name, stream, unet, self.encoder, processes, config.seed)
+            for name, stream in config.streams.items()
+        }
+        self.flops = Flops(unet)
+        self.meter = Meter(config, processes, self.dtype)
+        self.step = 0
+
+        self.identity = {"stage": config.stage, "unet": dataclasses.asdict(dataclasses.replace(unet, backend=None))}
+        self.checkpoints = Checkpoints(
+            Path(config.run) / "checkpoints", self.model, self.optimizer, processes, config.checkpoints.keep
+        )
+        if (last := self.checkpoints.latest()) is not None:
+            check_architecture(last, self.identity)
+            state = self.checkpoints.load(last)
+            self.step = state["step"]
+            for name, source in self.sources.items():
+                if name in state["sources"]:
+                    source.load_state_dict(state["sources"][name])
+        self.logs = Logs(config, processes, self.step)
+
+    # --- a step -------------------------------------------------------------------------------------------------------
+
+    def train_step(self) -> Step:
+        """One step of the optimizer. The device is only ever told what to do, never asked."""
+        config = self.config.optimizer
+        choice = plan(self.stage, self.config.streams, self.config.seed, self.step)
+        loss, keys, flops, waited = torch.zeros((), device=self.processes.device), [], 0, 0.0
+        for part in range(config.accumulate):
+            before = time.perf_counter()
+            batch = self.sources[choice.stream].next()
+            waited += time.perf_counter() - before
+            sample = self.encoder(batch, choice.task)
+            part_loss = self.loss(sample, batch.keys, choice, part) / config.accumulate
+            part_loss.backward()
+            loss += part_loss.detach()
+            keys += batch.keys
+            flops += 3 * len(batch.keys) * self.flops.forward(sample, choice.task)
+        lr = learning_rate(config, self.step, self.config.steps)
+        norm = self.optimizer.step(lr, self.step)
+        self.step += 1
+        return Step(choice.task, keys, loss, norm, len(keys), flops, lr, waited)
+
+    def loss(self, sample: Conditioned, keys: Sequence[str], choice: Plan, part: int) -> torch.Tensor:
+        """The diffusion loss of a batch whose samples each draw their noise, and which conditions they see."""
+        own = draw(choice.task, keys, sample.latents, self.diffusion.steps, self.config.seed, self.step, part)
+        x, target = self.diffusion.noisy(sample.latents, own.noise, own.t)
+        text = torch.where(own.empty_text[:, None, None], self.encoder.empty(len(keys)), sample.text)
+        prediction = self.model(
+            x,
+            own.t,
+            text,
+            sample.image,
+            text_weight=own.text_weight,
+            image_weight=own.image_weight,
+            fps=sample.fps,
+            refs=self.model.unet.reference_frames(x.shape[1], x.device, choice.generator),
+        )
+        return self.diffusion.loss(prediction, target, own.t)
+
+    # --- a run --------------------------------------------------------------------------------------------------------
+
+    def run(self) -> None:
+        """Train to the last step, or until a SIGTERM; what there is then is in a checkpoint."""
+        config = self.config
+        stopped = False
+        while self.step < config.steps and not stopped:
+            self.meter.steps.append(self.train_step())
+            stopped = self.processes.stopping()
+            last = stopped or self.step == config.steps
+            if last or self.step % config.log.every == 0:
+                self.logs.write(self.step, self.meter.report(self.optimizer.skipped))
+            if last or self.step % config.checkpoints.every == 0:
+                self.save()
+            if config.validation.every and (last or self.step % config.validation.every == 0):
+                self.meter.pause(validate(self))
+            self.checkpoints.check()
+        self.checkpoints.wait()
+        if self.processes.first:
+            print(f"{'stopped' if stopped else 'finished'} at step {self.step}", flush=True)
+
+    def save(self) -> None:
+        before = time.perf_counter()
+        sources = {name: source.state_dict() for name, source in self.sources.items()}
+        self.checkpoints.save(self.step, {"step": self.step, "sources": sources, **self.identity})
+        self.meter.pause(time.perf_counter() - before)
+
+
+def main(arguments: Sequence[str]) -> int:
+    path: str | Path | None = CONFIGS / "shapes.toml"
+    if arguments and "=" not in arguments[0]:
+        path, *arguments = arguments
+    try:
+        config = load(Config, path, arguments)
+        with processes(config.compute.replicas) as joined:
+            trainer = Trainer(config, joined)
+            if joined.first:
+                write_config(config)
+            trainer.run()
+    except (ValueError, OSError, RuntimeError) as error:
+        print(f"{type(error).__name__}: {error}", file=sys.stderr, flush=True)
+        return 1
+    return 0
+
+
+def write_config(config: Config) -> None:
+    (Path(config.run) / "config.json").write_text(json.dumps(dataclasses.asdict(config), indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

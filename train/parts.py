@@ -1,0 +1,114 @@
+"""What a training starts from: the weights of U-Net and adapter, and the parts that stay as they are."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from train.config import Model
+from train.sharding import Denoiser
+from univid.model import ImageAdapter, UNet, UNetConfig
+
+if TYPE_CHECKING:  # diffusers and open_clip take seconds to import, and training from a cache needs neither
+    from univid.data.autoencoder import Autoencoder
+    from univid.data.clip import Clip
+    from univid.pipeline import Settings, UniVidPipeline
+
+# The shapes model's, and of whatever has random weights and no scheduler: zero-terminal SNR, predicting v.
+SCHEDULE = {
+    "beta_schedule": "scaled_linear",
+    "beta_start": 0.00085,
+    "beta_end": 0.012,
+    "clip_sample": False,
+    "rescale_betas_zero_snr": True,
+    "timestep_spacing": "trailing",
+}
+
+
+@dataclass(frozen=True)
+class Parts:
+    """The parts of a pipeline, of which the frozen ones are read when they are asked for."""
+
+    model: Model
+    dtype: torch.dtype  # of the frozen parts
+    device: torch.device
+
+    def whole(self) -> Denoiser:
+        """The trained part with its first weights, on the CPU; on the meta device where they are to be random.
+
+        Raises:
+            FileNotFoundError, ValueError: weights that are missing, or do not fit.
+        """
+        if self.model.sd21:
+            from univid.pipeline import UniVidPipeline
+
+            pipe = UniVidPipeline.from_sd21(self.model.sd21, self.model.clip)
+            return _denoiser(pipe.unet, pipe.adapter)
+        if self.model.start:
+            folder = Path(self.model.start)
+            if not folder.is_dir():
+                raise FileNotFoundError(f"model.start: {folder} is not a folder")
+            unet = UNet.from_pretrained(folder / "unet")
+            return _denoiser(unet, ImageAdapter.from_pretrained(folder / "image_adapter"))
+        with torch.device("meta"):
+            return Denoiser(UNetConfig.load(self.model.unet))
+
+    @property
+    def folder(self) -> Path | None:
+        """Of the frozen parts; None: untrained ones."""
+        name = self.model.sd21 or self.model.start or self.model.frozen
+        return Path(name) if name else None
+
+    @cached_property
+    def scheduler(self) -> dict[str, Any]:
+        if self.folder is None:
+            return SCHEDULE | {"prediction_type": UNetConfig.load(self.model.unet).prediction_type}
+        from univid.pipeline import _scheduler_config
+
+        return _scheduler_config(self.folder / "scheduler")
+
+    @cached_property
+    def settings(self) -> Settings:
+        from univid.pipeline import SETTINGS, Settings, _read_settings
+
+        if self.folder is None:
+            return self._untrained.settings
+        return Settings() if self.model.sd21 else _read_settings(self.folder / SETTINGS)
+
+    @cached_property
+    def vae(self) -> Autoencoder:
+        from univid.data.autoencoder import load_autoencoder
+
+        vae = self._untrained.vae if self.folder is None else load_autoencoder(self.folder / "vae")
+        return vae.to(self.device, self.dtype)
+
+    @cached_property
+    def clip(self) -> Clip:
+        from univid.data.clip import load_clip
+
+        if self.folder is None:
+            return self._untrained.clip.to(self.device, self.dtype)
+        return load_clip(self.model.clip if self.model.sd21 else self.folder / "clip").to(self.device, self.dtype)
+
+    @cached_property
+    def _untrained(self) -> UniVidPipeline:
+        from univid.demo import untrained
+
+        return untrained()
+
+    def pipeline(self, denoiser: Denoiser) -> UniVidPipeline:
+        """All parts together, to generate or to save."""
+        from univid.pipeline import UniVidPipeline
+
+        return UniVidPipeline(denoiser.unet, denoiser.adapter, self.vae, self.clip, self.scheduler, self.settings)
+
+
+def _denoiser(unet: UNet, adapter: ImageAdapter) -> Denoiser:
+    with torch.device("meta"):
+        denoiser = Denoiser(unet.config)
+    denoiser.unet, denoiser.adapter = unet, adapter
+    return denoiser

@@ -1,0 +1,115 @@
+"""The processes of a run: started by torchrun, or one alone."""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from types import FrameType
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+
+
+@dataclass
+class Processes:
+    """This process and the others.
+
+    ``mesh`` is of the shards, ("replicate", "shard") with several replicas; ``host_mesh`` the same for tensors on the host.
+    """
+
+    rank: int
+    world_size: int
+    device: torch.device
+    mesh: DeviceMesh
+    host_mesh: DeviceMesh
+    host_group: Any  # gloo's, of all processes: agreement among hosts, which waits for no device
+    _flag: torch.Tensor = field(default_factory=lambda: torch.zeros(1, dtype=torch.int32))
+    _agreeing: Any = None
+    _signalled: bool = False
+
+    @property
+    def first(self) -> bool:
+        return self.rank == 0
+
+    @property
+    def shard_group(self) -> Any:
+        """The ranks that together hold one copy of everything."""
+        return self.mesh.get_group(self.mesh.ndim - 1)
+
+    def stopping(self) -> bool:
+        """Whether any rank had been signalled by its last call: the same answer everywhere.
+
+        One step late, so that no host waits for another one's answer to this call.
+        """
+        agreed = False
+        if self._agreeing is not None:
+            self._agreeing.wait()
+            agreed = bool(self._flag.item())
+        self._flag.fill_(int(self._signalled))
+        self._agreeing = dist.all_reduce(self._flag, dist.ReduceOp.MAX, group=self.host_group, async_op=True)
+        return agreed
+
+    def barrier(self) -> None:
+        dist.barrier(group=self.host_group)
+
+    def share(self, value: Any) -> Any:
+        """Rank 0's value."""
+        values = [value]
+        dist.broadcast_object_list(values, src=0, group=self.host_group)
+        return values[0]
+
+    def gather(self, value: Any) -> list[Any]:
+        """Every rank's value, on every rank."""
+        values = [None] * self.world_size
+        dist.all_gather_object(values, value, group=self.host_group)
+        return values
+
+    def mean(self, x: torch.Tensor) -> torch.Tensor:
+        """The mean over all ranks of a tensor on the device, written over it."""
+        dist.all_reduce(x)
+        return x.div_(self.world_size)
+
+
+@contextmanager
+def processes(replicas: int = 0, device: str | None = None) -> Iterator[Processes]:
+    """Join the others, each on a GPU of its own where there are GPUs.
+
+    Args:
+        replicas: copies of the shards; 0: one a node. device: "cpu" or "cuda", by default what is there.
+
+    Raises:
+        ValueError: replicas that do not divide the number of processes.
+    """
+    rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    local_rank, local_size = int(os.environ.get("LOCAL_RANK", 0)), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    replicas = replicas or world_size // local_size
+    if world_size % replicas:
+        raise ValueError(f"compute.replicas: got {replicas}, needs a divisor of {world_size} processes")
+    kind = device or ("cuda" if torch.cuda.device_count() >= local_size else "cpu")
+    here = torch.device(kind, local_rank) if kind == "cuda" else torch.device("cpu")
+    if kind == "cuda":
+        torch.cuda.set_device(here)
+    backend = "cpu:gloo,cuda:nccl" if kind == "cuda" else "gloo"
+    alone: dict[str, Any] = {} if "RANK" in os.environ else {"store": dist.HashStore(), "rank": 0, "world_size": 1}
+    dist.init_process_group(backend, **alone, device_id=here if kind == "cuda" else None)
+    shape: dict[str, Any] = {"mesh_shape": (world_size,), "mesh_dim_names": ("shard",)}
+    if replicas > 1:
+        shape = {"mesh_shape": (replicas, world_size // replicas), "mesh_dim_names": ("replicate", "shard")}
+    mesh = init_device_mesh(kind, **shape)
+    host_mesh = init_device_mesh("cpu", **shape) if kind == "cuda" else mesh
+    joined = Processes(rank, world_size, here, mesh, host_mesh, dist.new_group(backend="gloo"))
+
+    def signalled(number: int, frame: FrameType | None) -> None:
+        joined._signalled = True
+
+    before = signal.signal(signal.SIGTERM, signalled)
+    try:
+        yield joined
+    finally:
+        signal.signal(signal.SIGTERM, before)
+        dist.destroy_process_group()

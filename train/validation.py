@@ -1,0 +1,79 @@
+"""Clips of fixed prompts and seeds from the averaged weights, as one grid of videos."""
+
+from __future__ import annotations
+
+import math
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+
+from train.config import Validation
+from train.sharding import Denoiser, local_shards
+from univid.model import UNetConfig
+
+if TYPE_CHECKING:
+    from train.fsdp import Trainer
+    from univid.data.files import Frames
+    from univid.pipeline import UniVidPipeline
+
+
+def validate(trainer: Trainer) -> float:
+    """Write ``validation/step-00001000.mp4`` on rank 0, while the others wait; the seconds it took."""
+    before = time.perf_counter()
+    whole = averaged(trainer)
+    if whole is not None:
+        pipe = trainer.parts.pipeline(whole).to(trainer.processes.device)
+        frames = sample(pipe, trainer.config.validation)
+        path = Path(trainer.config.run) / "validation" / f"step-{trainer.step:08}.mp4"
+        path.parent.mkdir(exist_ok=True)
+        from univid.data.files import write_frames
+
+        write_frames(grid(frames), path, pipe.settings.fps)
+    trainer.processes.barrier()
+    return time.perf_counter() - before
+
+
+@torch.no_grad()
+def averaged(trainer: Trainer) -> Denoiser | None:
+    """The model with the averaged weights, whole, on rank 0; None on the others."""
+    average = {shard.name: local for shard, local in trainer.optimizer.tensors()["ema"]}
+    values = {}
+    for shard in local_shards(trainer.model):
+        local = average.get(shard.name, shard.local)
+        value = shard.whole(local, trainer.processes.mesh).full_tensor()  # a collective
+        if trainer.processes.first:
+            values[shard.name] = value.to(trainer.dtype)
+    return assemble(trainer.model.unet.config, values) if trainer.processes.first else None
+
+
+def assemble(config: UNetConfig, values: dict[str, torch.Tensor]) -> Denoiser:
+    """A model that is not sharded, with these values."""
+    with torch.device("meta"):
+        model = Denoiser(config)
+    model.load_state_dict(values, assign=True)
+    return model.requires_grad_(False).eval()
+
+
+def sample(pipe: UniVidPipeline, config: Validation) -> Frames:
+    """``(V, T, H, W, 3)``, one by one: prompt i from seed i."""
+    images = config.images or ("",) * len(config.prompts)
+    videos = [
+        pipe(prompt or None, image or None, steps=config.steps, seed=seed, progress=False).frames
+        for seed, (prompt, image) in enumerate(zip(config.prompts, images, strict=True))
+    ]
+    return np.concatenate(videos)
+
+
+def grid(videos: Frames) -> Frames:
+    """``(V, T, H, W, 3)`` as one video, about as many columns as rows."""
+    count, frames, height, width, _ = videos.shape
+    columns = math.ceil(math.sqrt(count))
+    rows = math.ceil(count / columns)
+    sheet = np.zeros((frames, rows * height, columns * width, 3), np.uint8)
+    for index, video in enumerate(videos):
+        row, column = divmod(index, columns)
+        sheet[:, row * height : (row + 1) * height, column * width : (column + 1) * width] = video
+    return sheet
