@@ -38,6 +38,7 @@ class Trainer:
         self.config, self.processes, self.stage = config, processes, STAGES[config.stage]
         device = processes.device
         on_gpu = device.type == "cuda"
+        torch.backends.cudnn.benchmark = True  # shapes are few
         dtypes = {"auto": torch.bfloat16 if on_gpu else torch.float32, "bfloat16": torch.bfloat16}
         self.dtype = dtypes.get(config.compute.dtype, torch.float32)
         self.parts = Parts(config.model, self.dtype, device)
