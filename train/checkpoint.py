@@ -27,6 +27,7 @@ from train.sharding import Shard, local_shards
 
 STATE = "state.json"
 PARTIAL = ".partial"
+COUNTS = "counts"
 
 
 def checkpoints(folder: Path) -> list[Path]:
@@ -98,8 +99,7 @@ class Checkpoints:
             for kind, shards in self.shards.items():
                 for shard, local in shards:
                     local.copy_(self._host[f"{kind}.{shard.name}"])
-            for name, count in self.optimizer.counts().items():
-                count.copy_(self._host[name])
+            self.optimizer.set_counts(self._host[COUNTS].to(self.processes.device))
         return read_state(path)
 
     # --- writing ------------------------------------------------------------------------------------------------------
@@ -111,8 +111,7 @@ class Checkpoints:
         for kind, shards in self.shards.items():
             for shard, local in shards:
                 tensors[f"{kind}.{shard.name}"] = shard.whole(self._to_host(f"{kind}.{shard.name}", local), mesh)
-        for name, count in self.optimizer.counts().items():
-            tensors[name] = self._to_host(name, count)
+        tensors[COUNTS] = self._to_host(COUNTS, self.optimizer.counts())
         if self.processes.device.type == "cuda":
             torch.cuda.synchronize()
         return tensors
@@ -130,7 +129,7 @@ class Checkpoints:
                 partial.mkdir(parents=True)
                 (partial / STATE).write_text(json.dumps(state, indent=1) + "\n")
             dist.barrier(group=self.group)
-            writer = FileSystemWriter(partial, thread_count=4)
+            writer = Writer(partial, thread_count=1)  # what goes wrong in a further thread, it does not tell
             dcp.save(tensors, storage_writer=writer, process_group=self.group)
             dist.barrier(group=self.group)  # all have written
             if self.processes.first:
@@ -142,6 +141,19 @@ class Checkpoints:
                     shutil.rmtree(gone)
         except BaseException as error:
             self._error = error
+
+
+class Writer(FileSystemWriter):
+    """One that says what the system said: of an error on its way to the other ranks only its own text is left."""
+
+    def write_data(self, plan: Any, planner: Any) -> Any:
+        try:
+            return super().write_data(plan, planner)
+        except Exception as error:
+            causes = [error]
+            while (before := causes[-1].__cause__ or causes[-1].__context__) is not None:
+                causes.append(before)  # type: ignore[arg-type]
+            raise next((cause for cause in causes if isinstance(cause, OSError)), error) from None
 
 
 def read_state(path: Path) -> dict[str, Any]:
@@ -157,7 +169,7 @@ def check_architecture(path: Path, identity: Mapping[str, Any]) -> None:
         if there == here:
             continue
         if isinstance(here, dict) and isinstance(there, dict):
-            key = next(name for name in here.keys() | there.keys() if here.get(name) != there.get(name))
+            key = next(name for name in here if here[name] != there.get(name))
             here, there = here.get(key), there.get(key)
         raise ValueError(f"run: {path} has {key} = {there!r}, this configuration {here!r}; another run's folder needed")
 
@@ -175,6 +187,4 @@ def _cause(error: BaseException) -> str:
     """One line, of the first rank that failed."""
     if isinstance(error, CheckpointException) and error.failures:
         error = next(iter(error.failures.values()))[0]
-    while error.__cause__ is not None:
-        error = error.__cause__
     return str(error).splitlines()[0] if str(error) else type(error).__name__

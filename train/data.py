@@ -57,21 +57,19 @@ class _Counted:
 
 
 class RandomLatents(_Counted):
-    """The same random latents and tokens in every batch, under other keys: to measure speed, with nothing to load."""
+    """The same random latents and tokens in every step, under other keys: to measure speed, with nothing to load."""
 
     def __init__(self, stream: Stream, config: UNetConfig, encoder: Encoder, processes: Processes):
         super().__init__(stream, processes)
         device = processes.device
         clips, factor = stream.batch_size, encoder.factor
         size = (config.in_channels, stream.height // factor, stream.width // factor)
-        generator = torch.Generator(device).manual_seed(processes.rank)
+        shapes = (stream.num_frames, *size), (77, config.context_dim), (257, config.image_dim)
+        first = processes.rank * clips
+        generators = [torch.Generator(device).manual_seed(clip) for clip in range(first, first + clips)]
         self.latents, self.text, self.image = (
-            torch.randn(shape, generator=generator, device=device)
-            for shape in (
-                (clips, stream.num_frames, *size),
-                (clips, 77, config.context_dim),
-                (clips, 257, config.image_dim),
-            )
+            torch.stack([torch.randn(shape, generator=generator, device=device) for generator in generators])
+            for shape in shapes
         )
         self.fps = torch.full((clips,), stream.fps, device=device)
 
@@ -92,7 +90,7 @@ class RenderedShapes(_Counted):
         super().__init__(stream, processes)
         if stream.height != stream.width:
             raise ValueError(f"streams: got {stream.height}x{stream.width} shapes, needs squares")
-        self.world = Shapes(num_frames=max(2, stream.num_frames), size=stream.height)
+        self.world = Shapes(num_frames=stream.num_frames, size=stream.height)
         self.encoder, self.seed = encoder, seed
         self.pool: Batch | None = None
         if stream.pool:
@@ -109,7 +107,7 @@ class RenderedShapes(_Counted):
 
     def _render(self, indices: Tensor) -> Batch:
         attributes = self.world.sample(indices)
-        frames = self.world.render(attributes, self.processes.device)[:, : self.stream.num_frames]
+        frames = self.world.render(attributes, self.processes.device)
         # What moves cannot be told from a picture.
         kind = "random" if self.stream.num_frames > 1 else "appearance"
         captions = self.world.captions(attributes, kind=kind)

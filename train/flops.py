@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import time
 
 import torch
@@ -23,27 +24,21 @@ DATASHEET = {
 }
 
 
-class Flops:
-    """The forward's FLOPs of a clip, counted once for every kind of step on the meta device."""
+def forward_flops(config: UNetConfig, sample: Conditioned) -> int:
+    """The forward's FLOPs of one clip, by PyTorch's counter."""
+    image = None if sample.image is None else tuple(sample.image.shape[1:])
+    return _forward_flops(config, tuple(sample.latents.shape[1:]), tuple(sample.text.shape[1:]), image)
 
-    def __init__(self, config: UNetConfig):
-        with torch.device("meta"):
-            self.model = Denoiser(config)
-        self._counted: dict[tuple, int] = {}
 
-    def forward(self, sample: Conditioned, task: str) -> int:
-        """Of one clip."""
-        text, image = sample.text, sample.image
-        key = (task, sample.latents.shape[1:], text.shape[1:], None if image is None else image.shape[1:])
-        if key not in self._counted:
-            x, text_, image_ = (
-                None if y is None else y[:1].to("meta", torch.float32) for y in (sample.latents, text, image)
-            )
-            refs = self.model.unet.eval().reference_frames(x.shape[1], "meta") if x is not None else None
-            with FlopCounterMode(display=False) as counter, torch.no_grad():
-                self.model(x, torch.zeros(1, dtype=torch.long, device="meta"), text_, image_, refs=refs)
-            self._counted[key] = counter.get_total_flops()
-        return self._counted[key]
+@functools.cache
+def _forward_flops(config: UNetConfig, *shapes: tuple[int, ...] | None) -> int:
+    with torch.device("meta"):
+        model = Denoiser(config).eval()
+        x, text, image = (None if shape is None else torch.empty(1, *shape) for shape in shapes)
+        t = torch.zeros(1, dtype=torch.long)
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        model(x, t, text, image)
+    return counter.get_total_flops()
 
 
 def datasheet_rate(device: torch.device) -> float | None:
@@ -52,6 +47,7 @@ def datasheet_rate(device: torch.device) -> float | None:
     return next((rate for part, rate in DATASHEET.items() if part in name), None)
 
 
+@functools.cache
 def matrix_rate(device: torch.device, dtype: torch.dtype) -> float:
     """FLOP/s of a large product of matrices here and now."""
     size, repeats = (8192, 20) if device.type == "cuda" else (512, 4)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import sys
 import time
 from collections.abc import Sequence
@@ -16,12 +17,13 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parents[1]))  # the folder that holds univid/ and train/
 
 import torch
+import torch.distributed as dist
 
 from train.checkpoint import Checkpoints, check_architecture
 from train.config import CONFIGS, Config, load
 from train.data import Conditioned, Encoder, open_source
 from train.diffusion import Diffusion
-from train.flops import Flops
+from train.flops import forward_flops
 from train.log import Logs, Meter, Step
 from train.optimizer import ShardedAdamW, learning_rate
 from train.parts import Parts
@@ -65,7 +67,6 @@ class Trainer:
             name: open_source(name, stream, unet, self.encoder, processes, config.seed)
             for name, stream in config.streams.items()
         }
-        self.flops = Flops(unet)
         self.meter = Meter(config, processes, self.dtype)
         self.step = 0
 
@@ -98,7 +99,7 @@ class Trainer:
             part_loss.backward()
             loss += part_loss.detach()
             keys += batch.keys
-            flops += 3 * len(batch.keys) * self.flops.forward(sample, choice.task)
+            flops += 3 * len(batch.keys) * forward_flops(self.model.unet.config, sample)
         lr = learning_rate(config, self.step, self.config.steps)
         norm = self.optimizer.step(lr, self.step)
         self.step += 1
@@ -135,7 +136,7 @@ class Trainer:
                 self.logs.write(self.step, self.meter.report(self.optimizer.skipped))
             if last or self.step % config.checkpoints.every == 0:
                 self.save()
-            if config.validation.every and (last or self.step % config.validation.every == 0):
+            if config.validation.every and not stopped and self.step % config.validation.every == 0:
                 self.meter.pause(validate(self))
             self.checkpoints.check()
         self.checkpoints.wait()
@@ -161,7 +162,9 @@ def main(arguments: Sequence[str]) -> int:
                 write_config(config)
             trainer.run()
     except (ValueError, OSError, RuntimeError) as error:
-        print(f"{type(error).__name__}: {error}", file=sys.stderr, flush=True)
+        rank = f"rank {os.environ['RANK']}: " if "RANK" in os.environ else ""
+        lost = "another rank has ended: " if isinstance(error, dist.DistError) or "peer" in str(error) else ""
+        print(f"{rank}{lost}{type(error).__name__}: {error}", file=sys.stderr, flush=True)
         return 1
     return 0
 
@@ -171,4 +174,6 @@ def write_config(config: Config) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    status = main(sys.argv[1:])
+    if status:
+        os._exit(status)  # taking the processes' groups apart would wait for ranks that may be gone

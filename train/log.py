@@ -43,7 +43,7 @@ class Meter:
         self.datasheet = datasheet_rate(processes.device)
         self.matrix = matrix_rate(processes.device, dtype)
         self.steps: list[Step] = []
-        self.bad: list[Step] = []  # the last ones in a row
+        self.bad: list[tuple[Step, float]] = []  # the last ones in a row, with this rank's loss
         self.started = time.perf_counter()
 
     def pause(self, seconds: float) -> None:
@@ -86,12 +86,11 @@ class Meter:
         return report
 
     def _watch(self, steps: list[Step], norms: list[float], losses: list[float]) -> None:
-        for step, norm in zip(steps, norms, strict=True):
-            self.bad = [] if math.isfinite(norm) else [*self.bad, step][-self.max_skipped :]
+        for step, norm, loss in zip(steps, norms, losses, strict=True):
+            self.bad = [] if math.isfinite(norm) else [*self.bad, (step, loss)][-self.max_skipped :]
         if len(self.bad) < self.max_skipped:
             return
-        own = {id(step) for step, loss in zip(steps, losses, strict=True) if not math.isfinite(loss)}
-        keys = [key for step in self.bad if id(step) in own for key in step.keys]
+        keys = [key for step, loss in self.bad if not math.isfinite(loss) for key in step.keys]
         everyone = [key for keys in self.processes.gather(keys) for key in keys]
         shown = ", ".join(dict.fromkeys(everyone)) or "none; the loss is finite, its gradient is not"
         raise RuntimeError(

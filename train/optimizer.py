@@ -105,7 +105,11 @@ class ShardedAdamW:
             kinds[name] = [(shard, self.adam.state[shard.local][name]) for shard in self.shards]
         return kinds
 
-    def counts(self) -> dict[str, Tensor]:
-        """How many steps each parameter has made, and how many were skipped: the same on all ranks."""
-        counts = {f"steps.{shard.name}": self.adam.state[shard.local]["step"] for shard in self.shards}
-        return counts | {"skipped": self.skipped}
+    def counts(self) -> Tensor:
+        """How many steps were skipped, and how many each parameter has made: the same on all ranks."""
+        return torch.stack([self.skipped, *(self.adam.state[shard.local]["step"] for shard in self.shards)])
+
+    def set_counts(self, counts: Tensor) -> None:
+        self.skipped.copy_(counts[0])
+        for shard, count in zip(self.shards, counts[1:], strict=True):
+            self.adam.state[shard.local]["step"].copy_(count)

@@ -75,6 +75,12 @@ class Processes:
         return x.div_(self.world_size)
 
 
+def mesh_of(kind: str, world_size: int, replicas: int) -> DeviceMesh:
+    if replicas == 1:
+        return init_device_mesh(kind, (world_size,), mesh_dim_names=("shard",))
+    return init_device_mesh(kind, (replicas, world_size // replicas), mesh_dim_names=("replicate", "shard"))
+
+
 @contextmanager
 def processes(replicas: int = 0, device: str | None = None) -> Iterator[Processes]:
     """Join the others, each on a GPU of its own where there are GPUs.
@@ -97,11 +103,8 @@ def processes(replicas: int = 0, device: str | None = None) -> Iterator[Processe
     backend = "cpu:gloo,cuda:nccl" if kind == "cuda" else "gloo"
     alone: dict[str, Any] = {} if "RANK" in os.environ else {"store": dist.HashStore(), "rank": 0, "world_size": 1}
     dist.init_process_group(backend, **alone, device_id=here if kind == "cuda" else None)
-    shape: dict[str, Any] = {"mesh_shape": (world_size,), "mesh_dim_names": ("shard",)}
-    if replicas > 1:
-        shape = {"mesh_shape": (replicas, world_size // replicas), "mesh_dim_names": ("replicate", "shard")}
-    mesh = init_device_mesh(kind, **shape)
-    host_mesh = init_device_mesh("cpu", **shape) if kind == "cuda" else mesh
+    mesh = mesh_of(kind, world_size, replicas)
+    host_mesh = mesh_of("cpu", world_size, replicas) if kind == "cuda" else mesh
     joined = Processes(rank, world_size, here, mesh, host_mesh, dist.new_group(backend="gloo"))
 
     def signalled(number: int, frame: FrameType | None) -> None:
@@ -110,6 +113,8 @@ def processes(replicas: int = 0, device: str | None = None) -> Iterator[Processe
     before = signal.signal(signal.SIGTERM, signalled)
     try:
         yield joined
+        if joined._agreeing is not None:
+            joined._agreeing.wait()
+        dist.destroy_process_group()  # not after an error: it would wait for ranks that may be gone
     finally:
         signal.signal(signal.SIGTERM, before)
-        dist.destroy_process_group()

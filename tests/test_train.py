@@ -1,0 +1,287 @@
+"""The trainer, on the CPU: one process here, two under torchrun."""
+
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.train_worker import TINY, configure, state_of, train
+from train.checkpoint import checkpoints
+from train.fsdp import Trainer
+from train.log import FILE
+from train.processes import processes
+
+ROOT = Path(__file__).parents[1]
+TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2")
+ENVIRONMENT = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+
+
+@pytest.fixture
+def alone():
+    with processes() as joined:
+        yield joined
+
+
+def equal(a: dict, b: dict) -> bool:
+    assert a.keys() == b.keys()
+    return all(torch.equal(a[name], b[name]) for name in a)
+
+
+def losses(run: Path) -> list[float]:
+    return [json.loads(line)["loss"] for line in (run / FILE).read_text().splitlines()]
+
+
+# --- going on -----------------------------------------------------------------------------------------------------------------
+
+
+def test_a_run_that_is_resumed_equals_one_that_was_not(alone, tmp_path):
+    whole = train(configure(tmp_path / "whole", "steps=6"), alone)
+    train(configure(tmp_path / "parts", "steps=6", "checkpoints.every=3"), alone)
+    (last,) = [path for path in checkpoints(tmp_path / "parts" / "checkpoints") if path.name.endswith("6")]
+    shutil.rmtree(last)  # as if it had been killed after step 3
+    resumed = train(configure(tmp_path / "parts", "steps=6"), alone)
+    assert equal(whole, resumed)
+    assert losses(tmp_path / "whole") == losses(tmp_path / "parts")
+
+
+def test_after_a_kill_at_any_moment_the_loss_curve_continues(alone, tmp_path):
+    overrides = ("steps=8", "checkpoints.every=2", "checkpoints.keep=2")
+    killed, whole = configure(tmp_path / "killed", *overrides), configure(tmp_path / "whole", *overrides)
+    arguments = [*TINY, f"run={killed.run}", *overrides]
+    arguments += [f"streams.{name}.batch_size=4" for name in ("video", "image")]
+    process = subprocess.Popen([sys.executable, "train/fsdp.py", *arguments], cwd=ROOT, env=ENVIRONMENT)
+    wait_for(lambda: (tmp_path / "killed" / FILE).is_file() and losses(tmp_path / "killed"), process)
+    time.sleep(random.Random(os.getpid()).uniform(0, 0.5))
+    process.kill()
+    process.wait()
+    resumed = train(killed, alone)
+    assert equal(resumed, train(whole, alone))
+    assert losses(tmp_path / "killed") == losses(tmp_path / "whole")
+    assert len(list((tmp_path / "killed" / "checkpoints").iterdir())) == 2
+
+
+# --- two ranks ----------------------------------------------------------------------------------------------------------------
+
+# Some gradients are nothing but rounding, of which Adam makes whole steps unless eps is larger.
+CALM = ("optimizer.eps=1e-5",)
+IMAGES_ONLY = ("streams.video.share=0",)
+CASES = {
+    "compiled": ["steps=3", "compute.compile=aot_eager", *CALM],
+    "replicated": ["steps=3", "compute.replicas=2", "compute.activation_checkpointing=true", *CALM],
+    "resumed": ["steps=4", *CALM],
+}
+
+
+@pytest.fixture(scope="module")
+def two_ranks(tmp_path_factory) -> Path:
+    """A folder with the results of all cases, from one start of two processes."""
+    folder = tmp_path_factory.mktemp("two")
+    with processes() as joined:
+        train(configure(folder / "resumed", "steps=2", *IMAGES_ONLY, *CALM), joined)
+        shutil.copytree(folder / "resumed", folder / "continued")
+    (folder / "cases.json").write_text(json.dumps(CASES))
+    command = [*TORCHRUN, "tests/train_worker.py", str(folder)]
+    subprocess.run(command, cwd=ROOT, env=ENVIRONMENT, check=True, timeout=60)
+    return folder
+
+
+@pytest.mark.parametrize("case", ["compiled", "replicated"])
+def test_two_ranks_equal_one_process(two_ranks, alone, tmp_path, case):
+    one = train(configure(tmp_path, "steps=3", *CALM), alone)
+    close(torch.load(two_ranks / f"{case}.pt"), one)
+
+
+def test_a_run_goes_on_with_another_number_of_ranks_after_image_steps_only(two_ranks, alone):
+    close(torch.load(two_ranks / "resumed.pt"), train(configure(two_ranks / "continued", "steps=4", *CALM), alone))
+
+
+def close(two: dict, one: dict) -> None:
+    assert two.keys() == one.keys()
+    for name, x in one.items():
+        torch.testing.assert_close(two[name], x, rtol=1e-5, atol=1e-5, msg=lambda text, name=name: f"{name}: {text}")
+
+
+# --- what moves, and what does not ---------------------------------------------------------------------------------------------
+
+
+def changed(before: dict, after: dict) -> set[str]:
+    return {name for name, x in before.items() if not torch.equal(x, after[name])}
+
+
+TEMPORAL = ("temporal_conv", "attn_temporal", "fps_embedding")
+
+
+def test_steps_of_images_leave_what_is_temporal_alone(alone, tmp_path):
+    train(configure(tmp_path, "steps=3", "streams.image.share=0"), alone)  # momentum is there
+    trainer = Trainer(configure(tmp_path, "steps=5", *IMAGES_ONLY), alone)
+    before = state_of(trainer)
+    trainer.run()
+    moved = changed(before, state_of(trainer))
+    assert not [name for name in moved if any(part in name for part in TEMPORAL)]
+    assert all(f"{kind}.unet.conv_in.weight" in moved for kind in ("model", "ema", "exp_avg", "exp_avg_sq", "steps"))
+
+
+@pytest.mark.parametrize("stage", ["t2v", "adapters"])
+def test_frozen_parameters_do_not_move_by_a_bit(alone, tmp_path, stage):
+    trainer = Trainer(configure(tmp_path, "steps=4", f"stage={stage}", "streams.image.share=0"), alone)
+    before = state_of(trainer)
+    trainer.run()
+    moved = {name.removeprefix("model.") for name in changed(before, state_of(trainer)) if name.startswith("model.")}
+    trained = {name for name, parameter in trainer.model.named_parameters() if parameter.requires_grad}
+    assert moved == trained
+    image = {name for name in dict(trainer.model.named_parameters()) if "_image." in name or "adapter." in name}
+    if stage == "t2v":
+        assert not image & trained
+    else:
+        assert image <= trained
+        assert all("adapter." in name or ".attn2." in name for name in trained)
+
+
+def test_the_average_is_one(alone, tmp_path):
+    trainer = Trainer(configure(tmp_path, "steps=5", "optimizer.ema=0.5", "streams.image.share=0"), alone)
+    name = "unet.conv_in.weight"
+    expected = state_of(trainer)[f"model.{name}"]
+    for step in range(5):
+        trainer.train_step()
+        weights, decay = state_of(trainer)[f"model.{name}"], min(0.5, (1 + step) / (10 + step))
+        expected = decay * expected + (1 - decay) * weights
+    assert trainer.step == 5
+    torch.testing.assert_close(state_of(trainer)[f"ema.{name}"], expected)
+    assert not torch.equal(expected, weights)
+
+
+def test_checkpointed_gradients_equal_plain_ones(alone, tmp_path):
+    gradients = []
+    for on in ("false", "true"):
+        trainer = Trainer(configure(tmp_path, f"compute.activation_checkpointing={on}"), alone)
+        trainer.optimizer.step = lambda lr, step: torch.zeros(())  # the gradients stay
+        trainer.train_step()
+        gradients.append({n: p.grad.full_tensor() for n, p in trainer.model.named_parameters() if p.grad is not None})
+    assert equal(*gradients)
+
+
+# --- what goes wrong ----------------------------------------------------------------------------------------------------------
+
+
+def poison(trainer: Trainer, steps: set[int]) -> None:
+    for source in trainer.sources.values():
+
+        def bad(plain=source.next):
+            batch = plain()
+            if trainer.step in steps:
+                batch.latents = batch.latents * torch.nan
+            return batch
+
+        source.next = bad
+
+
+def test_a_step_that_is_not_finite_does_nothing_but_count(alone, tmp_path):
+    trainer = Trainer(configure(tmp_path), alone)
+    poison(trainer, {1})
+    trainer.train_step()
+    before = state_of(trainer)
+    trainer.train_step()
+    assert changed(before, state_of(trainer)) == {"skipped"}
+    assert trainer.optimizer.skipped == 1
+    trainer.train_step()
+    assert changed(before, state_of(trainer)) > {"skipped"}
+
+
+def test_training_stops_after_some_steps_in_a_row_that_are_not_finite(alone, tmp_path):
+    trainer = Trainer(configure(tmp_path, "optimizer.max_skipped=2", "steps=9", "streams.image.share=0"), alone)
+    poison(trainer, {1, 3, 4, 5, 6})
+    with pytest.raises(
+        RuntimeError,
+        match=r"2 steps in a row .*: random/12, random/13, .*, random/19$",
+    ):
+        trainer.run()
+    assert trainer.step == 5
+
+
+def test_a_disk_that_is_full_leaves_the_last_checkpoint(alone, tmp_path):
+    import resource
+
+    train(configure(tmp_path, "steps=2"), alone)
+    unlimited = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, unlimited[1]))
+    try:
+        with pytest.raises(OSError, match=r"^checkpoint: cannot write to .*File too large$"):
+            train(configure(tmp_path, "steps=4"), alone)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, unlimited)
+    assert [path.name for path in checkpoints(tmp_path / "checkpoints")] == ["step-00000002"]
+    train(configure(tmp_path, "steps=4"), alone)
+
+
+def test_a_checkpoint_of_another_architecture_is_refused(alone, tmp_path):
+    train(configure(tmp_path, "steps=1"), alone)
+    with pytest.raises(
+        ValueError, match=r"channels = .32, 64., this configuration .64, 96, 128.; another run's folder"
+    ):
+        Trainer(configure(tmp_path, "model.unet=shapes"), alone)
+    with pytest.raises(ValueError, match="stage = 'joint', this configuration 't2v'"):
+        Trainer(configure(tmp_path, "stage=t2v"), alone)
+
+
+# --- signals ------------------------------------------------------------------------------------------------------------------
+
+
+def wait_for(condition, process, seconds: float = 60) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert process.poll() is None, "the process has ended"
+        assert time.monotonic() < end, "waited too long"
+        time.sleep(0.05)
+
+
+def ranks(process: subprocess.Popen) -> list[int]:
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    return [int(pid) for pid in children if "fsdp.py" in Path(f"/proc/{pid}/cmdline").read_text()]
+
+
+@pytest.mark.skipif(not Path("/proc").is_dir(), reason="finds processes in /proc")
+def test_sigterm_writes_a_checkpoint_and_a_lost_rank_ends_the_run(tmp_path):
+    """Three starts of the same command: SIGTERM to one rank, SIGTERM to torchrun, SIGKILL to one rank."""
+    command = [*TORCHRUN, "train/fsdp.py", *TINY, f"run={tmp_path}", "steps=1000000"]
+
+    def last() -> int:
+        found = checkpoints(tmp_path / "checkpoints")
+        return json.loads((found[-1] / "state.json").read_text())["step"] if found else 0
+
+    def start() -> subprocess.Popen:
+        before = last()
+        process = subprocess.Popen(
+            command, cwd=ROOT, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        )
+        log = tmp_path / FILE
+        wait_for(lambda: log.is_file() and f'"step": {before + 2},' in log.read_text(), process)
+        return process
+
+    process = start()
+    os.kill(ranks(process)[1], signal.SIGTERM)
+    output = process.communicate(timeout=30)[0]
+    assert process.returncode == 0
+    stopped = last()
+    assert f"stopped at step {stopped}" in output
+
+    process = start()  # goes on
+    process.terminate()
+    output = process.communicate(timeout=30)[0]
+    assert last() > stopped
+    assert f"stopped at step {last()}" in output
+    stopped = last()
+
+    process = start()
+    os.kill(ranks(process)[1], signal.SIGKILL)
+    output = process.communicate(timeout=55)[0]
+    assert process.returncode != 0
+    assert "rank 0: another rank has ended" in output
+    assert last() == stopped
