@@ -127,12 +127,13 @@ class Trainer:
     def run(self) -> None:
         """Train to the last step, or until a SIGTERM; what there is then is in a checkpoint."""
         config = self.config
-        stopped = False
+        self.introduce()
+        first, stopped = self.step + 1, False
         while self.step < config.steps and not stopped:
             self.meter.steps.append(self.train_step())
             stopped = self.processes.stopping()
             last = stopped or self.step == config.steps
-            if last or self.step % config.log.every == 0:
+            if last or self.step % config.log.every == 0 or self.step == first:
                 self.logs.write(self.step, self.meter.report(self.optimizer.skipped))
             if last or self.step % config.checkpoints.every == 0:
                 self.save()
@@ -142,6 +143,18 @@ class Trainer:
         self.checkpoints.wait()
         if self.processes.first:
             print(f"{'stopped' if stopped else 'finished'} at step {self.step}", flush=True)
+
+    def introduce(self) -> None:
+        count = sum(parameter.numel() for parameter in self.model.parameters())
+        trained = sum(parameter.numel() for parameter in self.model.parameters() if parameter.requires_grad)
+        device, ranks = self.processes.device, self.processes.world_size
+        name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
+        if self.processes.first:
+            print(
+                f"{self.config.run}: stage {self.config.stage}, {trained / 1e6:.1f}M of {count / 1e6:.1f}M parameters, "
+                f"{ranks} x {name}, {self.dtype}, from step {self.step} to {self.config.steps}",
+                flush=True,
+            )
 
     def save(self) -> None:
         before = time.perf_counter()

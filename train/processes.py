@@ -111,10 +111,13 @@ def processes(replicas: int = 0, device: str | None = None) -> Iterator[Processe
         joined._signalled = True
 
     before = signal.signal(signal.SIGTERM, signalled)
+    whole = False
     try:
         yield joined
         if joined._agreeing is not None:
             joined._agreeing.wait()
-        dist.destroy_process_group()  # not after an error: it would wait for ranks that may be gone
+        whole = True
     finally:
         signal.signal(signal.SIGTERM, before)
+        if whole or world_size == 1:  # else it would wait for ranks that may be gone
+            dist.destroy_process_group()

@@ -1,0 +1,259 @@
+"""The trainer's parts by themselves: configuration, draws, noise, export."""
+
+import itertools
+import json
+from collections import Counter
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import DDIMScheduler
+
+from tests.test_pipeline import SCHEDULE, make
+from tests.train_worker import configure, state_of, train
+from train.config import CONFIGS, Config, Optimizer, Stream, load
+from train.diffusion import Diffusion
+from train.export import Export, export
+from train.export import main as export_main
+from train.fsdp import main
+from train.log import FILE
+from train.optimizer import learning_rate
+from train.processes import processes
+from train.stages import STAGES, draw, plan
+from train.validation import grid
+from univid import UniVidPipeline
+
+CPU = torch.device("cpu")
+
+
+# --- configuration ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.toml")), ids=lambda path: path.stem)
+def test_the_configurations_are_read(path):
+    config = load(Config, path)
+    assert config.run == f"runs/{path.stem}"
+    assert config.stage == path.stem.rpartition("_")[2].replace("shapes", "joint")
+
+
+def test_arguments_count_over_the_file(tmp_path):
+    path = tmp_path / "own.toml"
+    path.write_text('steps = 7\n[optimizer]\nlr = 1\n[streams.a]\nsource = "random"\nmin_score = {aesthetic = 5}\n')
+    overrides = ["optimizer.lr=3e-4", "streams.a.batch_size=3", "streams.b.num_frames=1", 'validation.prompts=["x"]']
+    config = load(Config, path, overrides)
+    assert (config.steps, config.optimizer.lr, config.optimizer.beta1) == (7, 3e-4, 0.9)
+    assert config.streams["a"] == Stream(source="random", batch_size=3, min_score={"aesthetic": 5.0})
+    assert config.streams["b"].num_frames == 1
+    assert config.validation.prompts == ("x",)
+    json_path = tmp_path / "own.json"
+    json_path.write_text(json.dumps({"steps": 8}))
+    assert load(Config, json_path).steps == 8
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("optimzer.lr=1", "optimzer: unknown key; the nearest is optimizer"),
+        ("optimizer.lrate=1", "optimizer.lrate: unknown key; the nearest is optimizer.lr"),
+        ("streams.video.batch=1", "streams.video.batch: unknown key; the nearest is streams.video.batch_size"),
+        ("zzz=1", "zzz: unknown key; there are run, stage, steps"),
+        ("steps=many", "steps: got 'many', needs int"),
+        ("steps=1.5", "steps: got 1.5, needs int"),
+        ("stage=both", "stage: got 'both', needs 't2v' or 'adapters' or 'joint'"),
+        ("optimizer=3", "optimizer: got 3, needs a table"),
+        ("optimizer.lr=0", "lr: got 0.0, needs a number > 0"),
+        ("optimizer.lr", "arguments: got 'optimizer.lr', needs key=value"),
+        ("validation.images=['a.png']", "images: got .* needs none, or one for each of 0 prompts"),
+    ],
+)
+def test_a_wrong_argument_is_named(override, message):
+    with pytest.raises(ValueError, match=message):
+        load(Config, None, [override])
+
+
+def test_what_is_wrong_is_said_in_one_line(tmp_path, capsys):
+    assert main(["optimizer.lrate=1"]) == 1
+    assert main([str(tmp_path / "no.toml")]) == 1
+    assert main([f"run={tmp_path}", f"model.start={tmp_path / 'no'}"]) == 1
+    assert main([f"run={tmp_path}", f"model.frozen={tmp_path / 'no'}"]) == 1
+    lines = capsys.readouterr().err.splitlines()
+    assert [line.partition(":")[0] for line in lines] == ["ValueError", *["FileNotFoundError"] * 3]
+
+
+# --- what a step is about -----------------------------------------------------------------------------------------------------
+
+
+def test_the_rate_rises_and_falls():
+    config = Optimizer(lr=1.0, warmup=4, final=0.1)
+    rates = [learning_rate(config, step, 104) for step in range(105)]
+    assert rates[:4] == [0.25, 0.5, 0.75, 1.0]
+    assert rates[54] == pytest.approx(0.55)
+    assert rates[104] == pytest.approx(0.1)
+    assert rates[4:] == sorted(rates[4:], reverse=True)
+
+
+def test_steps_draw_streams_and_tasks_in_their_shares():
+    streams = {"video": Stream(share=3.0), "image": Stream(share=1.0, num_frames=1)}
+    plans = [plan(STAGES["joint"], streams, 0, step) for step in range(2000)]
+    counts = Counter(one.stream for one in plans) + Counter(one.task for one in plans)
+    for name, share in {"video": 0.75, "image": 0.25, "t2v": 0.25, "i2v": 0.25, "ti2v": 0.5}.items():
+        assert counts[name] / 2000 == pytest.approx(share, abs=0.04)
+    again = plan(STAGES["joint"], streams, 0, 7)
+    assert (again.stream, again.task) == (plans[7].stream, plans[7].task)
+    assert torch.equal(torch.rand(3, generator=again.generator), torch.rand(3, generator=plans[7].generator))
+    assert {plan(STAGES["t2v"], streams, 0, step).task for step in range(9)} == {"t2v"}
+
+
+def test_samples_draw_their_conditions_in_their_shares():
+    keys = [str(i) for i in range(4000)]
+    latents = torch.zeros(4000, 1, 1, 1, 1)
+    t2v, i2v, ti2v = (draw(task, keys, latents, 1000, 0, 1) for task in ("t2v", "i2v", "ti2v"))
+
+    def share(x: torch.Tensor) -> float:
+        return x.double().mean().item()
+
+    assert share(t2v.empty_text) == pytest.approx(0.1, abs=0.015)
+    assert (t2v.text_weight, t2v.image_weight) == (1.0, 0.0)
+    assert i2v.empty_text.all()
+    assert share(i2v.text_weight) == pytest.approx(0.5, abs=0.03)
+    assert share(i2v.image_weight) == pytest.approx(0.9, abs=0.015)
+    dropped = torch.stack([ti2v.empty_text, ti2v.image_weight == 0])
+    assert ti2v.text_weight == 1.0
+    for text, image in ((True, False), (False, True), (True, True)):
+        both = (dropped[0] == text) & (dropped[1] == image)
+        assert share(both) == pytest.approx(0.05, abs=0.012)
+    assert share(ti2v.t) == pytest.approx(499.5, abs=15)
+    assert (int(ti2v.t.min()), int(ti2v.t.max())) == pytest.approx((0, 999), abs=2)
+
+
+def test_a_sample_draws_the_same_on_any_rank():
+    latents = torch.zeros(4, 2, 4, 3, 3)
+    whole = draw("ti2v", "abcd", latents, 1000, 5, 6)
+    part = draw("ti2v", "cd", latents[:2], 1000, 5, 6)
+    assert torch.equal(whole.noise[2:], part.noise)
+    assert torch.equal(whole.t[2:], part.t)
+    assert whole.noise.std().item() == pytest.approx(1, abs=0.1)
+    assert not torch.equal(draw("ti2v", "abcd", latents, 1000, 5, 7).noise, whole.noise)
+
+
+# --- noise and loss -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("prediction", ["v_prediction", "epsilon", "sample"])
+def test_noise_and_targets_are_the_schedulers(prediction):
+    zero = prediction != "epsilon"
+    schedule = SCHEDULE | {"prediction_type": prediction, "rescale_betas_zero_snr": zero}
+    theirs = DDIMScheduler.from_config(schedule)
+    x, noise, t = torch.randn(3, 2, 4, 5, 5), torch.randn(3, 2, 4, 5, 5), torch.tensor([0, 400, 999])
+    noisy, target = Diffusion(schedule, CPU).noisy(x, noise, t)
+    torch.testing.assert_close(noisy, theirs.add_noise(x, noise, t))
+    expected = {"v_prediction": theirs.get_velocity(x, noise, t), "epsilon": noise, "sample": x}[prediction]
+    torch.testing.assert_close(target, expected)
+    assert torch.equal(noisy[2], noise[2]) == zero  # the last step shows nothing of x
+
+
+@pytest.mark.parametrize("prediction", ["v_prediction", "epsilon", "sample"])
+def test_min_snr_weighs_the_error_of_x0(prediction):
+    schedule = SCHEDULE | {"prediction_type": prediction, "rescale_betas_zero_snr": False}
+    diffusion = Diffusion(schedule, CPU, min_snr=5.0)
+    x, noise, t = torch.randn(8, 1, 4, 4, 4).double(), torch.randn(8, 1, 4, 4, 4).double(), torch.arange(50, 850, 100)
+    noisy, target = (y.double() for y in diffusion.noisy(x, noise, t))
+    error = torch.randn_like(target) * 0.1
+    a, s = (table.double()[t].view(-1, 1, 1, 1, 1) for table in (diffusion.signal, diffusion.noise))
+    x0 = {
+        "v_prediction": a * noisy - s * (target + error),
+        "epsilon": (noisy - s * (target + error)) / a,
+        "sample": target + error,
+    }[prediction]
+    weight = (a / s).square().clamp(max=5.0).flatten()
+    expected = (weight * (x0 - x).square().flatten(1).mean(1)).mean()
+    torch.testing.assert_close(diffusion.loss(target + error, target, t).double(), expected, rtol=1e-3, atol=1e-5)
+
+
+def test_the_noise_cannot_be_predicted_where_there_is_nothing_else():
+    with pytest.raises(ValueError, match="rescale_betas_zero_snr with prediction_type epsilon"):
+        Diffusion(SCHEDULE | {"prediction_type": "epsilon"}, CPU)
+
+
+# --- a run, and what comes out ------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def start(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("start")
+    make().save_pretrained(folder)
+    return folder
+
+
+def test_a_stage_starts_from_what_another_one_exported(start, tmp_path):
+    run, out = tmp_path / "run", tmp_path / "out"
+    with processes() as joined:
+        config = configure(run, "steps=2", "stage=t2v", f"model.start={start}")
+        (run / "config.json").parent.mkdir()
+        trained = train(config, joined)
+        (run / "config.json").write_text(json.dumps({"model": {"start": str(start)}}))
+        assert export(run, out, Export()).name == "step-00000002"
+        pipe = UniVidPipeline.from_pretrained(out)
+        first = UniVidPipeline.from_pretrained(start)
+        for name, parameter in pipe.unet.named_parameters():
+            untrained = "_image." in name  # becomes the text's
+            expected = trained[f"ema.unet.{name.replace('_image', '') if untrained else name}"]
+            assert torch.equal(parameter, expected), name
+        assert torch.equal(pipe.adapter.norm.weight, first.adapter.norm.weight)
+        assert pipe.scheduler == first.scheduler
+        assert pipe.settings == first.settings
+
+        second = configure(tmp_path / "second", "steps=1", "stage=adapters", f"model.start={out}")
+        moved = train(second, joined)
+        assert torch.equal(moved["model.unet.conv_in.weight"], pipe.unet.conv_in.weight)
+        assert moved["skipped"] == 0
+
+
+def test_export_says_what_is_missing(tmp_path, capsys):
+    assert export_main([str(tmp_path), str(tmp_path / "out")]) == 1
+    assert export_main([str(tmp_path)]) == 1
+    assert "has no checkpoint of step 0; there is none" in capsys.readouterr().err
+
+
+def test_the_command_trains_on_shapes_and_shows_clips(start, tmp_path):
+    """All that a run writes, with frames that are rendered and encoded, and a pool of them."""
+    from univid.data.files import read_video
+
+    arguments = [
+        f"run={tmp_path}", f"model.start={start}", "steps=2", "log.every=1", "validation.every=2", "validation.steps=1",
+        'validation.prompts=["a red star", "a blue ring", "a square"]', "log.tensorboard=false",
+        "streams.video.batch_size=2", "streams.video.num_frames=3", "streams.video.height=32", "streams.video.width=32",
+        "streams.image.share=0", "streams.video.pool=5",
+    ]  # fmt: skip
+    assert main(arguments) == 0
+    lines = [json.loads(line) for line in (tmp_path / FILE).read_text().splitlines()]
+    assert [line["step"] for line in lines] == [1, 2]
+    assert {"loss", "clips/s", "TFLOP/s", "of matrix rate", "data wait", "skipped", "norm", "lr"} <= lines[0].keys()
+    frames, fps = read_video(tmp_path / "validation" / "step-00000002.mp4")
+    assert (frames.shape, fps) == ((3, 32, 64, 3), 4)
+    assert export_main([str(tmp_path), str(tmp_path / "out"), "dtype=float16"]) == 0
+    assert UniVidPipeline.from_pretrained(tmp_path / "out").unet.config.channels == (32, 64)
+
+
+def test_a_pool_comes_in_another_order_each_time_round(start, tmp_path):
+    overrides = [f"model.start={start}", "streams.video.source=shapes", "streams.video.pool=8", "streams.image.share=0"]
+    with processes() as joined:
+        from train.fsdp import Trainer
+
+        trainer = Trainer(configure(tmp_path, *overrides), joined)
+        source = trainer.sources["video"]
+        keys = [source.next().keys for _ in range(4)]
+        rounds = [[*keys[0], *keys[1]], [*keys[2], *keys[3]]]
+        assert all(sorted(one) == [f"shapes/{i}" for i in range(8)] for one in rounds)
+        assert rounds[0] != rounds[1]
+        source.load_state_dict({"position": 4})
+        assert source.next().keys == keys[1]
+        assert state_of(trainer)
+
+
+def test_a_grid_has_every_video_once():
+    videos = torch.arange(5)[:, None, None, None, None].expand(5, 2, 4, 6, 3).numpy().astype("uint8")
+    sheet = grid(videos)
+    assert sheet.shape == (2, 8, 18, 3)
+    cells = [sheet[0, 4 * r, 6 * c, 0] for r, c in itertools.product(range(2), range(3))]
+    assert cells == [0, 1, 2, 3, 4, 0]
