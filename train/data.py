@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor
@@ -109,7 +109,7 @@ class RenderedShapes(_Counted):
         attributes = self.world.sample(indices)
         frames = self.world.render(attributes, self.processes.device)
         # What moves cannot be told from a picture.
-        kind = "random" if self.stream.num_frames > 1 else "appearance"
+        kind: Literal["random", "appearance"] = "random" if self.stream.num_frames > 1 else "appearance"
         captions = self.world.captions(attributes, kind=kind)
         fps = torch.full((len(indices),), self.stream.fps, device=frames.device)
         return Batch([f"shapes/{i}" for i in indices.tolist()], captions, fps, frames)

@@ -7,6 +7,7 @@ adapters is to start.
 from __future__ import annotations
 
 import sys
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -64,7 +65,9 @@ def read_weights(checkpoint: Path, kind: str) -> dict[str, Tensor]:
     names = [name.removeprefix("model.") for name in stored if name.startswith("model.")]
     keys = {name: f"{kind}.{name}" if f"{kind}.{name}" in stored else f"model.{name}" for name in names}
     tensors = {key: torch.empty(stored[key].size) for key in keys.values()}
-    dcp.load(tensors, storage_reader=reader, no_dist=True)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "torch.distributed is")  # disabled, as it should be
+        dcp.load(tensors, storage_reader=reader, no_dist=True)
     return {name: tensors[key] for name, key in keys.items()}
 
 

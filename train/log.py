@@ -138,7 +138,7 @@ class Logs:
             except ImportError:
                 print(f"tensorboard is not installed: numbers go to {path} only", flush=True)
         if config.log.wandb:
-            import wandb
+            import wandb  # type: ignore[import-not-found,unused-ignore]
 
             run = wandb.init(project=config.log.wandb, id=folder.name, resume="allow", dir=folder)
             self.writers.append(lambda name, value, step: run.log({name: value}, step=step))
