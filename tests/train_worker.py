@@ -1,6 +1,8 @@
 """What test_train.py runs on two ranks, under one torchrun: ``train_worker.py FOLDER``. Writes ``FOLDER/NAME.pt`` for each case."""
 
 import json
+import os
+import signal
 import sys
 from pathlib import Path
 from typing import Any
@@ -9,6 +11,7 @@ import torch
 
 from train.config import Config, load
 from train.fsdp import Trainer
+from train.log import Step
 from train.processes import Processes, mesh_of, processes
 
 TINY = (
@@ -31,9 +34,17 @@ def configure(run: Path, *overrides: str, batch_size: int = 4) -> Config:
     return load(Config, None, [*TINY, f"run={run}", *sizes, *overrides])
 
 
-def train(config: Config, joined: Processes) -> dict[str, torch.Tensor]:
-    """Everything a training leaves behind, whole."""
+def train(config: Config, joined: Processes, signalled_at: int | None = None) -> dict[str, torch.Tensor]:
+    """Everything a training leaves behind, whole. The last rank gets a SIGTERM in the step ``signalled_at``."""
     trainer = Trainer(config, joined)
+    step = trainer.train_step
+
+    def signalled() -> Step:
+        if trainer.step == signalled_at and joined.rank == joined.world_size - 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return step()
+
+    trainer.train_step = signalled  # type: ignore[method-assign]
     trainer.run()
     return state_of(trainer)
 
@@ -56,7 +67,7 @@ def main(folder: Path) -> None:
         for name, overrides in cases.items():
             config = configure(folder / name, *overrides, batch_size=2)
             joined.mesh = joined.host_mesh = mesh_of("cpu", 2, max(1, config.compute.replicas))
-            state = train(config, joined)
+            state = train(config, joined, 1 if name == "stopped" else None)
             if joined.first:
                 torch.save(state, folder / f"{name}.pt")
 
