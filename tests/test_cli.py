@@ -4,7 +4,9 @@ import shutil
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
+from safetensors.torch import load_file, save_file
 
 from tests.test_pipeline import make
 from univid.cli import main
@@ -100,6 +102,13 @@ def test_doctor(capsys):
         (["x", "--height", "17"], "of which the nearest is 16x32"),
         (["x", "--scheduler", "magic"], "scheduler: got 'magic'"),
         (["x", "--image", "nowhere.png"], "nowhere.png does not exist"),
+        (["x", "--image", "text.png"], "text.png is not a picture that can be read"),
+        (["x", "-o", "text.png"], "text.png holds one picture, got 2 frames"),
+        (["x", "-o", "text.png/clip.mp4"], "text.png does not exist"),
+        (["x", "--device", "cuda"], "--device: got 'cuda'; PyTorch finds no GPU here"),
+        (["x", "--device", "phone"], "--device: got 'phone'; cuda or cpu needed"),
+        (["x", "--num-frames", "0"], "num_frames: got 0"),
+        (["x", "--text-weight", "0"], "both are absent"),
         (["x", "--text-weight", "1,2"], "text_weight: got 2 weights, 3 needed"),
         (["x", "--sweep", "0,1"], "PROMPT and --image are needed"),
         (["x", "--image", "red.png", "--sweep", "0,b"], "got 'b'"),
@@ -108,6 +117,9 @@ def test_doctor(capsys):
 )
 def test_bad_input(model, picture, tmp_path, capsys, monkeypatch, arguments, error):
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("univid.model.UNet.forward", lambda *_, **__: pytest.fail("it was sampled"))
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    (tmp_path / "text.png").write_text("no picture")
     before = sorted(tmp_path.iterdir())
     default = [] if "--model" in arguments else ["--model", model]
     assert main(["generate", *default, *arguments]) == 2
@@ -134,6 +146,37 @@ def test_truncated_weights(model, tmp_path, capsys, part):
     assert f"{part}/{path.name} is not a whole safetensors file" in error
     assert len(error.strip().splitlines()) == 1
     assert not (tmp_path / "x.mp4").exists()
+
+
+def test_wrong_keys(model, tmp_path, capsys):
+    shutil.copytree(model, tmp_path / "model")
+    path = tmp_path / "model" / "unet" / "diffusion_pytorch_model.safetensors"
+    save_file({"extra" if name == "conv_in.bias" else name: x for name, x in load_file(path).items()}, path)
+    assert main(["generate", "x", "--model", str(tmp_path / "model"), "-o", str(tmp_path / "x.mp4")]) == 2
+    assert capsys.readouterr().err == f"univid: path: {path.parent} misses conv_in.bias\n"
+
+
+def test_what_cannot_run(model, tmp_path, capsys, monkeypatch):
+    """A backend that was asked for and refuses, and a GPU that is full."""
+    arguments = ["generate", "x", "--model", model, "-o", str(tmp_path / "x.mp4"), "--device", "cpu"]
+    monkeypatch.setenv("UNIVID_BACKEND", "cuda")
+    assert main(arguments) == 2
+    assert "'cuda' cannot run" in capsys.readouterr().err.splitlines()[-1]
+
+    def full(*_, **__):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.\nSee the documentation")
+
+    monkeypatch.setattr("univid.model.UNet.forward", full)
+    assert main(arguments) == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert error == "univid: CUDA out of memory. Tried to allocate 2 GiB.; --low-memory needs less"
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_prompt_that_is_too_long(model, tmp_path, capsys):
+    arguments = ["--model", model, "-o", str(tmp_path / "x.mp4"), "--steps", "1"]
+    assert main(["generate", "cat " * 75 + "dog", *arguments]) == 0
+    assert "univid: warning: prompt: 76 tokens, 75 fit; this was cut: 'dog'" in capsys.readouterr().err
 
 
 def test_interrupted(model, tmp_path, capsys, monkeypatch):

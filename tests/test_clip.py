@@ -82,10 +82,16 @@ def test_errors(clip, tmp_path):
     clip.save(tmp_path / "clip")
     with pytest.raises(ValueError, match="'ViT-Z' is not a configuration of open_clip"):
         load_clip(f"ViT-Z:{tmp_path / 'clip'}")
-    with pytest.raises(ValueError, match=r"does not fit its configuration.*'visual\.transformer\.resblocks\.2"):
-        deeper = CONFIG | {"vision_cfg": CONFIG["vision_cfg"] | {"layers": 3}}
-        (tmp_path / "clip" / "open_clip_config.json").write_text(json.dumps({"model_cfg": deeper}))
-        load_clip(tmp_path / "clip")
+    for vision, error in [
+        ({"layers": 3}, r"misses visual\.transformer\.resblocks\.2"),
+        ({"layers": 1}, r"has left over visual\.transformer\.resblocks\.1"),
+        ({"patch_size": 7}, r"has other shapes: visual\.conv1\.weight"),
+        ({"depth": 3}, r"its configuration is not that of an open_clip model"),
+    ]:
+        config = CONFIG | {"vision_cfg": CONFIG["vision_cfg"] | vision}
+        (tmp_path / "clip" / "open_clip_config.json").write_text(json.dumps({"model_cfg": config}))
+        with pytest.raises(ValueError, match=error):
+            load_clip(tmp_path / "clip")
     (tmp_path / "clip" / "open_clip_model.safetensors").unlink()
     with pytest.raises(FileNotFoundError, match="no weights as safetensors"):
         load_clip(tmp_path / "clip")

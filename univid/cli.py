@@ -33,6 +33,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (ValueError, TypeError, OSError) as error:
         print(f"univid: {error}", file=sys.stderr)
         return 2
+    except RuntimeError as error:  # no memory left, or a backend that was asked for and cannot run
+        more = "; --low-memory needs less" if type(error).__name__ == "OutOfMemoryError" else ""
+        print(f"univid: {str(error).partition(chr(10))[0]}{more}", file=sys.stderr)
+        return 2
     except ImportError as error:
         print(f"univid: {error}; `pip install 'univid[generate]'` brings what generating needs", file=sys.stderr)
         return 2
@@ -49,6 +53,10 @@ def generate(options: argparse.Namespace) -> int:
         raise ValueError("PROMPT, --image: got neither; at least one is needed")
     output = check_writable(options.output, options.num_frames or 2)  # before the model is loaded, let alone sampled
     device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if device.partition(":")[0] not in ("cpu", "cuda"):
+        raise ValueError(f"--device: got {device!r}; cuda or cpu needed")
+    if device != "cpu" and not torch.cuda.is_available():
+        raise ValueError(f"--device: got {device!r}; PyTorch finds no GPU here")
     dtype = torch.float32 if device == "cpu" else torch.bfloat16
     pipe = UniVidPipeline.from_pretrained(_model(options.model), torch_dtype=dtype)
     pipe = (pipe.enable_low_memory() if options.low_memory else pipe).to(device)

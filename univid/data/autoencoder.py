@@ -10,7 +10,9 @@ import torch
 from diffusers import AutoencoderKL
 from torch import Tensor, nn
 
-from univid.data.tensors import check_safetensors
+from univid.data.tensors import check_keys, find_weights, read_json, read_safetensors
+
+_OLDER = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
 
 
 class Autoencoder(nn.Module):
@@ -70,12 +72,30 @@ class Autoencoder(nn.Module):
 
 
 def load_autoencoder(folder: str | Path, dtype: torch.dtype = torch.float32) -> Autoencoder:
-    """From diffusers' folder: ``config.json`` and weights as safetensors."""
+    """From diffusers' folder: ``config.json`` and weights as safetensors.
+
+    Raises:
+        FileNotFoundError, ValueError: no such file, a truncated one, or a key that is missing, left over or of another shape.
+    """
     folder = Path(folder)
     if not (folder / "config.json").is_file():
         raise FileNotFoundError(f"vae: {folder} has no config.json, the configuration of diffusers' AutoencoderKL")
-    for path in folder.glob("*.safetensors"):
-        check_safetensors(path)
-    return Autoencoder(
-        AutoencoderKL.from_pretrained(folder, torch_dtype=dtype, use_safetensors=True, local_files_only=True)
-    )
+    try:
+        vae = AutoencoderKL.from_config(read_json(folder / "config.json"))
+    except (TypeError, AttributeError) as error:
+        raise ValueError(f"vae: {folder / 'config.json'} is not of diffusers' AutoencoderKL: {error}") from None
+    weights = find_weights(folder)
+    state = vae.state_dict()
+    tensors = {_today(key): x for key, x in read_safetensors(weights).items()}
+    for key, x in tensors.items():  # once 1x1 convolutions
+        if key in state and x.ndim == 4 > state[key].ndim:
+            tensors[key] = x.flatten(1)
+    check_keys(weights, {key: x.shape for key, x in state.items()}, tensors)
+    vae.load_state_dict(tensors)
+    return Autoencoder(vae.to(dtype))
+
+
+def _today(key: str) -> str:
+    """Stable Diffusion 2.1's own file has older names for its attention."""
+    parts = key.split(".")
+    return ".".join(_OLDER.get(part, part) for part in parts) if "attentions" in parts else key

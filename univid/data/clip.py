@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from univid.data.tensors import read_json, read_safetensors
+from univid.data.tensors import check_keys, read_json, read_safetensors
 
 CONFIG = "open_clip_config.json"
 WEIGHTS = "open_clip_model.safetensors"
@@ -129,11 +129,10 @@ def load_clip(source: str | Path, dtype: torch.dtype = torch.float32) -> Clip:
     weights = _weights(folder)
     vocabulary = folder / VOCABULARY
     clip = build_clip(config, vocabulary if vocabulary.is_file() else None)
-    missing, unexpected = clip.model.load_state_dict(read_safetensors(weights), strict=False)
-    # open_clip used to save this one; it is made anew.
-    unexpected = [key for key in unexpected if key not in ("attn_mask", "text.attn_mask")]
-    if missing or unexpected:
-        raise ValueError(f"clip: {weights} does not fit its configuration; missing {missing}, left over {unexpected}")
+    # open_clip used to save the mask; it is made anew.
+    tensors = {key: x for key, x in read_safetensors(weights).items() if key not in ("attn_mask", "text.attn_mask")}
+    check_keys(weights, {key: x.shape for key, x in clip.model.state_dict().items()}, tensors)
+    clip.model.load_state_dict(tensors)
     clip.model.to(dtype)
     return clip
 
@@ -141,7 +140,10 @@ def load_clip(source: str | Path, dtype: torch.dtype = torch.float32) -> Clip:
 def build_clip(config: dict, vocabulary: Path | None = None) -> Clip:
     """A CLIP with random weights, from open_clip's ``model_cfg``."""
     kind = open_clip.model.CustomTextCLIP if config.get("custom_text") else open_clip.model.CLIP
-    model = kind(**{key: value for key, value in config.items() if key != "custom_text"})
+    try:
+        model = kind(**{key: value for key, value in config.items() if key != "custom_text"})
+    except TypeError as error:
+        raise ValueError(f"clip: its configuration is not that of an open_clip model: {error}") from None
     model.visual.image_mean = getattr(model.visual, "image_mean", None) or open_clip.OPENAI_DATASET_MEAN
     model.visual.image_std = getattr(model.visual, "image_std", None) or open_clip.OPENAI_DATASET_STD
     own = {"bpe_path": str(vocabulary)} if vocabulary else {}

@@ -3,12 +3,23 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
-from torch import Tensor
+from torch import Size, Tensor
+
+WEIGHTS = "diffusion_pytorch_model.safetensors"  # diffusers' name
+
+
+def find_weights(folder: Path) -> Path:
+    """The safetensors file of diffusers' folder, in full or in half precision."""
+    for name in (WEIGHTS, WEIGHTS.replace(".safetensors", ".fp16.safetensors")):
+        if (folder / name).is_file():
+            return folder / name
+    raise FileNotFoundError(f"path: {folder} has no {WEIGHTS} (pickles, such as .bin, are not read)")
 
 
 def read_safetensors(path: Path) -> dict[str, Tensor]:
@@ -26,6 +37,24 @@ def check_safetensors(path: Path) -> None:
             pass
     except SafetensorError as error:
         raise ValueError(f"path: {path} is not a whole safetensors file: {error}") from None
+
+
+def check_keys(source: Path | str, expected: Mapping[str, Size], tensors: Mapping[str, Tensor]) -> None:
+    """Raises ValueError, which lists the keys of a file that are missing, left over, or of another shape."""
+    _refuse(source, "misses", expected.keys() - tensors.keys())
+    _refuse(source, "has left over", tensors.keys() - expected.keys())
+    wrong = {
+        f"{name} {tuple(tensors[name].shape)} for {tuple(shape)}"
+        for name, shape in expected.items()
+        if tensors[name].shape != shape
+    }
+    _refuse(source, "has other shapes:", wrong)
+
+
+def _refuse(source: Path | str, what: str, keys: Collection[str]) -> None:
+    if keys:
+        more = f" and {len(keys) - 20} more" if len(keys) > 20 else ""
+        raise ValueError(f"path: {source} {what} {', '.join(sorted(keys)[:20])}{more}")
 
 
 def read_json(path: Path) -> dict[str, Any]:

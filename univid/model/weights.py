@@ -17,10 +17,9 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from univid.data.tensors import read_json, read_safetensors
+from univid.data.tensors import WEIGHTS, check_keys, find_weights, read_json, read_safetensors
 from univid.model.config import UNetConfig
 
-WEIGHTS = "diffusion_pytorch_model.safetensors"
 CONFIG = "config.json"
 
 # The modules that Stable Diffusion does not have, by a part of their parameters' names.
@@ -198,14 +197,7 @@ def load(
     """
     state = module.state_dict()
     expected = {name: x.shape for name, x in to_file({n: x for n, x in state.items() if not _is_new(n, new)}).items()}
-    _refuse(source, "misses", expected.keys() - tensors.keys())
-    _refuse(source, "has left over", tensors.keys() - expected.keys())
-    wrong = {
-        f"{name} {tuple(tensors[name].shape)} for {tuple(shape)}"
-        for name, shape in expected.items()
-        if tensors[name].shape != shape
-    }
-    _refuse(source, "has other shapes:", wrong)
+    check_keys(source, expected, tensors)
     dtype = dtype or next(iter(tensors.values())).dtype
     loaded = {name: from_file(name, tensors).to(dtype) for name in state if not _is_new(name, new)}
     module.to(dtype).load_state_dict(loaded, strict=False, assign=True)
@@ -219,18 +211,3 @@ def load(
 
 def _is_new(name: str, new: Iterable[str]) -> bool:
     return not set(name.split(".")).isdisjoint(new)
-
-
-def _refuse(source: str, what: str, keys: Iterable[str]) -> None:
-    keys = sorted(keys)
-    if keys:
-        more = f" and {len(keys) - 20} more" if len(keys) > 20 else ""
-        raise ValueError(f"path: {source} {what} {', '.join(keys[:20])}{more}")
-
-
-def find_weights(folder: Path) -> Path:
-    """The safetensors file of diffusers' folder, in full or in half precision."""
-    for name in (WEIGHTS, WEIGHTS.replace(".safetensors", ".fp16.safetensors")):
-        if (folder / name).is_file():
-            return folder / name
-    raise FileNotFoundError(f"path: {folder} has no {WEIGHTS} (pickles, such as .bin, are not read)")
