@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields, replace
@@ -83,7 +84,7 @@ class UniVidPipeline:
         self.scheduler = scheduler
         self.settings = settings or Settings()
         self.low_memory = (
-            False  # passes one by one, single frames to decode, and on the device only the part that works
+            False  # passes one by one, single frames to decode, and CLIP on the device only while it works
         )
         self.device = torch.device("cpu")
 
@@ -142,12 +143,13 @@ class UniVidPipeline:
 
     def to(self, device: torch.device | str) -> UniVidPipeline:
         self.device = torch.device(device)
-        for part in (self.unet, self.adapter, self.vae, self.clip):
-            part.to("cpu" if self.low_memory else self.device)
+        for part in (self.unet, self.adapter, self.vae):
+            part.to(self.device)
+        self.clip.to("cpu" if self.low_memory else self.device)
         return self
 
     def enable_low_memory(self) -> UniVidPipeline:
-        """Keep parts on the CPU until they work, run guidance passes one by one and decode single frames."""
+        """Keep CLIP on the CPU while it does not work, run guidance passes one by one and decode single frames."""
         self.low_memory, self.vae.chunk = True, 1
         return self.to(self.device)
 
@@ -213,26 +215,35 @@ class UniVidPipeline:
             raise ValueError("prompt, image: both are absent or have weight 0; at least one is needed")
         prompts, pictures, videos = _conditions(prompt, image, num_videos)
         plan = passes(with_text, with_image, s.guidance_scale, s.image_guidance_scale)
-        batches = [[one] for one in plan] if self.low_memory else [plan]
-        with self._working(self.clip), self._working(self.adapter):
+        with self._clip_on_device():
             text = self._text(prompts, negative_prompt, videos) if with_text else None
             tokens = self._tokens(pictures, videos) if with_image else None
         sampler = SCHEDULERS[s.scheduler].from_config(self.scheduler)
         sampler.set_timesteps(s.steps, device=self.device)
         latents = self._noise(videos, s, seed, generator).to(self.device) * sampler.init_noise_sigma
         bar = tqdm(sampler.timesteps, "Sampling", disable=not progress, unit="step")
-        with self._working(self.unet), bar:
-            predict = [self._predictor(batch, text, tokens, weights, s) for batch in batches]
+        with bar:
+            predict = self._predictor(plan, text, tokens, weights, s)
             for step, t in enumerate(bar):
                 x, t = sampler.scale_model_input(latents, t), t.to(self.device)
-                predictions = [prediction for function in predict for prediction in function(x, t)]
-                latents = sampler.step(guide(predictions, plan, s.guidance_rescale), t, latents).prev_sample
+                latents = sampler.step(guide(predict(x, t), plan, s.guidance_rescale), t, latents).prev_sample
                 if callback is not None:
                     callback(step + 1, s.steps, latents)
-        with self._working(self.vae):
-            return Videos(self.vae.decode(latents).numpy(), s.fps)
+        del predict  # a graph keeps its memory
+        return Videos(self.vae.decode(latents).numpy(), s.fps)
 
-    def _predictor(
+    def _predictor(self, plan: Sequence[Pass], *conditions: Any) -> Callable[[Tensor, Tensor], Sequence[Tensor]]:
+        """A function of the latents and the noise level that gives the prediction of every pass."""
+        batches = [[one] for one in plan] if self.low_memory else [plan]
+        parts = [self._evaluation(batch, *conditions) for batch in batches]
+
+        def predict(x: Tensor, t: Tensor) -> Sequence[Tensor]:
+            return [prediction for part in parts for prediction in part(x, t)]
+
+        # One graph for all: what passes one by one need in turn is the same memory.
+        return Graphed(predict) if self.device.type == "cuda" else predict
+
+    def _evaluation(
         self,
         batch: Sequence[Pass],
         text: dict[bool, Tensor] | None,
@@ -240,7 +251,7 @@ class UniVidPipeline:
         weights: dict[str, dict[int, float | Tensor]],
         s: Settings,
     ) -> Callable[[Tensor, Tensor], Sequence[Tensor]]:
-        """A function of the latents and the noise level that gives the predictions of a batch of passes."""
+        """The U-Net on a batch of passes."""
         count = len(batch)
         keys = self.unet.condition(
             None if text is None else torch.cat([text[one.prompted] for one in batch]),
@@ -266,12 +277,11 @@ class UniVidPipeline:
             "fps": s.fps,
         }
 
-        def predict(x: Tensor, t: Tensor) -> Sequence[Tensor]:
+        def evaluate(x: Tensor, t: Tensor) -> Sequence[Tensor]:
             x = x.to(self.unet.conv_in.bias.dtype).repeat(count, 1, 1, 1, 1)
             return self.unet(x, t.expand(len(x)), *keys, **given).chunk(count)
 
-        # A graph keeps its memory, and single passes would each have one.
-        return Graphed(predict) if self.device.type == "cuda" and not self.low_memory else predict
+        return evaluate
 
     def _text(self, prompts: Sequence[str], negative_prompt: str, videos: int) -> dict[bool, Tensor]:
         """The tokens of the passes with the prompt (True) and without it (False), ``(V, L, context_dim)``."""
@@ -313,8 +323,11 @@ class UniVidPipeline:
             raise ValueError(
                 f"height, width: got {s.height}x{s.width}; multiples of {unit} needed, of which the nearest is {near[0]}x{near[1]}"
             )
-        if s.fps <= 0:
+        if not 0 < s.fps < math.inf:
             raise ValueError(f"fps: got {s.fps}; a number > 0 needed")
+        for name in ("guidance_scale", "image_guidance_scale"):
+            if not math.isfinite(getattr(s, name)):
+                raise ValueError(f"{name}: got {getattr(s, name)}; a finite number needed")
         if s.scheduler not in SCHEDULERS:
             raise ValueError(f"scheduler: got {s.scheduler!r}; one of {', '.join(SCHEDULERS)} needed")
         if not 0 <= s.guidance_rescale <= 1:
@@ -322,14 +335,17 @@ class UniVidPipeline:
         return s
 
     @contextmanager
-    def _working(self, part: torch.nn.Module) -> Iterator[None]:
-        """The part on the device, in low-memory mode only for so long."""
-        part.to(self.device)
+    def _clip_on_device(self) -> Iterator[None]:
+        """In low-memory mode only for so long: its weights are then the ones on the CPU again, and not copied back."""
+        home = [(parameter, parameter.data) for parameter in self.clip.parameters()]
+        self.clip.to(self.device)
         try:
             yield
         finally:
             if self.low_memory:
-                part.to("cpu")
+                for parameter, data in home:
+                    parameter.data = data
+                self.clip.to("cpu")  # what is left, buffers
 
 
 def _conditions(
