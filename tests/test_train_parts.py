@@ -38,11 +38,11 @@ def test_the_configurations_are_read(path):
 
 def test_arguments_count_over_the_file(tmp_path):
     path = tmp_path / "own.toml"
-    path.write_text('steps = 7\n[optimizer]\nlr = 1\n[streams.a]\nsource = "random"\nmin_score = {aesthetic = 5}\n')
+    path.write_text('steps = 7\n[optimizer]\nlr = 1\n[streams.a]\nsource = "random"\n')
     overrides = ["optimizer.lr=3e-4", "streams.a.batch_size=3", "streams.b.num_frames=1", 'validation.prompts=["x"]']
     config = load(Config, path, overrides)
     assert (config.steps, config.optimizer.lr, config.optimizer.beta1) == (7, 3e-4, 0.9)
-    assert config.streams["a"] == Stream(source="random", batch_size=3, min_score={"aesthetic": 5.0})
+    assert config.streams["a"] == Stream(source="random", batch_size=3)
     assert config.streams["b"].num_frames == 1
     assert config.validation.prompts == ("x",)
     json_path = tmp_path / "own.json"
@@ -76,8 +76,9 @@ def test_what_is_wrong_is_said_in_one_line(tmp_path, capsys):
     assert main([str(tmp_path / "no.toml")]) == 1
     assert main([f"run={tmp_path}", f"model.start={tmp_path / 'no'}"]) == 1
     assert main([f"run={tmp_path}", f"model.frozen={tmp_path / 'no'}"]) == 1
+    assert main([f"run={tmp_path}", "streams.video.source=clips/*.tar"]) == 1
     lines = capsys.readouterr().err.splitlines()
-    assert [line.partition(":")[0] for line in lines] == ["ValueError", *["FileNotFoundError"] * 3]
+    assert [line.partition(":")[0] for line in lines] == ["ValueError", *["FileNotFoundError"] * 3, "ValueError"]
 
 
 # --- what a step is about -----------------------------------------------------------------------------------------------------

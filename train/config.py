@@ -37,16 +37,14 @@ class Model:
 class Stream:
     """Batches of one modality and length. A step takes one stream, the same on all ranks."""
 
-    source: str = "shapes"  # "shapes", "random" (noise, for measuring), or files: tar shards or a folder
+    source: str = "shapes"  # "shapes", or "random": noise, for measuring
     share: float = 1.0  # of the steps, in relation to the other streams
     batch_size: int = 8  # clips on each rank, in each of the step's parts
     num_frames: int = 16  # T; 1: images
     height: int = 64
     width: int = 64
     fps: float = 8.0
-    workers: int = 4  # that decode files
     pool: int = 0  # of "shapes": clips that are rendered and encoded once and kept on the device; 0: each is new
-    min_score: dict[str, float] = field(default_factory=dict)  # of files: a clip's least score by field of its JSON
 
     def __post_init__(self) -> None:
         need("share", self.share, self.share >= 0, "a number >= 0")
@@ -81,7 +79,7 @@ class Optimizer:
 @dataclass(frozen=True, kw_only=True)
 class Compute:
     dtype: Literal["auto", "bfloat16", "float32"] = "auto"  # of the computation; "auto": float32 on the CPU only
-    compile: str = "auto"  # a backend of torch.compile, or "none"; "auto": inductor on GPUs
+    compile: str = "none"  # or a backend of torch.compile for the blocks, such as "inductor"
     activation_checkpointing: bool = False  # blocks are computed again in the backward, all but their attention
     replicas: int = 0  # copies of the shards; 0: one a node
 

@@ -30,9 +30,11 @@ class Source(Protocol):
 def open_source(
     name: str, stream: Stream, config: UNetConfig, encoder: Encoder, processes: Processes, seed: int
 ) -> Source:
-    """Raises ValueError, FileNotFoundError: a source that does not exist, or holds nothing."""
+    """Raises ValueError: a source that does not exist."""
     if stream.source == "random":
         return RandomLatents(stream, config, encoder, processes)
+    if stream.source != "shapes":
+        raise ValueError(f"streams.{name}.source: got {stream.source!r}, needs shapes or random")
     return RenderedShapes(stream, encoder, processes, stable_seed(seed, name))
 
 

@@ -29,7 +29,7 @@ from train.optimizer import ShardedAdamW, learning_rate
 from train.parts import Parts
 from train.processes import Processes, processes
 from train.sharding import Denoiser, checkpoint_activations, compile_blocks, materialise, shard
-from train.stages import STAGES, Plan, draw, plan
+from train.stages import STAGES, Plan, draw, plan, reference_frames
 from train.validation import validate
 
 
@@ -52,9 +52,8 @@ class Trainer:
         self.stage.choose(self.model)
         if config.compute.activation_checkpointing:
             checkpoint_activations(self.model)
-        backend = {"auto": "inductor" if on_gpu else "none"}.get(config.compute.compile, config.compute.compile)
-        if backend != "none":
-            compile_blocks(self.model, backend, len(config.streams) * len(self.stage.tasks))
+        if config.compute.compile != "none":
+            compile_blocks(self.model, config.compute.compile, len(config.streams) * len(self.stage.tasks))
         shard(self.model, processes.mesh, self.dtype)
         materialise(self.model, device, whole, config.seed)
         del whole
@@ -118,7 +117,7 @@ class Trainer:
             text_weight=own.text_weight,
             image_weight=own.image_weight,
             fps=sample.fps,
-            refs=self.model.unet.reference_frames(x.shape[1], x.device, choice.generator),
+            refs=reference_frames(self.model.unet, x.shape[1], choice.generator, x.device),
         )
         return self.diffusion.loss(prediction, target, own.t)
 

@@ -14,6 +14,10 @@ from torch import Tensor
 
 from train.config import Stream
 from train.sharding import Denoiser, stable_seed
+from univid.model import UNet
+from univid.ops import ReferenceFrames
+
+Frames = dict[int, ReferenceFrames]  # by level
 
 DROP = 0.05  # of the conditions that are there: text alone, image alone, both
 
@@ -108,6 +112,16 @@ def draw(task: str, keys: Sequence[str], latents: Tensor, steps: int, *seed: obj
         text_weight,
         image_weight,
     )
+
+
+def reference_frames(unet: UNet, num_frames: int, generator: torch.Generator, device: torch.device) -> Frames:
+    """A step's reference frames, the same on all ranks."""
+
+    def moved(refs: ReferenceFrames) -> ReferenceFrames:
+        table, rows, inverse = (to_device(x, device) for x in (refs.table, refs.rows, refs.inverse))
+        return ReferenceFrames(table, refs.num_key_frames, refs.padded, rows, inverse)
+
+    return {f: moved(refs) for f, refs in unet.reference_frames(num_frames, "cpu", generator).items()}
 
 
 def to_device(x: Tensor, device: torch.device) -> Tensor:

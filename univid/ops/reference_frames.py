@@ -157,16 +157,9 @@ class ReferenceFrames:
         if device == self.device:
             return self
         if device not in self._copies:
-            table, rows, inverse = (_moved(t, device) for t in (self.table, self.rows, self.inverse))
+            table, rows, inverse = (t.to(device) for t in (self.table, self.rows, self.inverse))
             self._copies[device] = ReferenceFrames(table, self.num_key_frames, self.padded, rows, inverse)
         return self._copies[device]
-
-
-def _moved(x: Tensor, device: torch.device) -> Tensor:
-    """``x`` on ``device``; the host does not wait for a GPU, for training draws tables anew in every step."""
-    if x.device.type == "cpu" and device.type == "cuda":
-        return x.pin_memory().to(device, non_blocking=True)
-    return x.to(device)
 
 
 def check_entries(name: str, table: Tensor, num_key_frames: int) -> None:
