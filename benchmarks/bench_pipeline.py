@@ -91,14 +91,14 @@ def measure(pipe: UniVidPipeline, task: str, name: str, steps: int) -> dict:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "clip.mp4"
         pipe(**given, steps=3, progress=False).save(path)  # compiles, and measures configurations
-        torch.cuda.synchronize()
+        torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
         before = time.perf_counter()
         pipe(**given, steps=steps, progress=False).save(path)
         ms = (time.perf_counter() - before) * 1e3
-    peak = torch.cuda.max_memory_allocated()
+    peak, reserved = torch.cuda.max_memory_allocated(), torch.cuda.max_memory_reserved()
     row = {"op": "pipeline", "level": task, "direction": "fwd", "batch": 1, "implementation": name}
-    row |= {"steps": steps, "ms": round(ms), "peak_mb": round(peak / 1e6)}
+    row |= {"steps": steps, "ms": round(ms), "peak_mb": round(peak / 1e6), "reserved_mb": round(reserved / 1e6)}
     print(f"{name:<20} {task:<5} {ms / 1e3:6.2f} s {peak / 1e9:6.1f} GB", flush=True)
     return row
 

@@ -118,7 +118,8 @@ def _memory(results: Sequence[Result], pipeline: Result) -> list[str]:
             words = "forward and backward of the U-Net, two such clips, bfloat16 weights"
             lines.append(f"| {words} | {row['peak_mb'] / 1e3:.1f} | – |")
     env = pipeline.environment
-    return [f"Measured on {env['gpu']}, {env['date']}, bfloat16 ([more](docs/benchmarks-models.md)):", "", *lines]
+    note = ["", "The pipeline has changed since: to be measured again."] if pipeline.stale else []
+    return [f"Measured on {env['gpu']}, {env['date']}, bfloat16 ([more](docs/benchmarks-models.md)):", "", *lines, *note]
 
 
 def _draw(result: Result) -> Path:

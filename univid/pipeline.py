@@ -346,6 +346,7 @@ class UniVidPipeline:
                 for parameter, data in home:
                     parameter.data = data
                 self.clip.to("cpu")  # what is left, buffers
+                torch.cuda.empty_cache()
 
 
 def _conditions(
