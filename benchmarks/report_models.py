@@ -119,7 +119,12 @@ def _memory(results: Sequence[Result], pipeline: Result) -> list[str]:
             lines.append(f"| {words} | {row['peak_mb'] / 1e3:.1f} | – |")
     env = pipeline.environment
     note = ["", "The pipeline has changed since: to be measured again."] if pipeline.stale else []
-    return [f"Measured on {env['gpu']}, {env['date']}, bfloat16 ([more](docs/benchmarks-models.md)):", "", *lines, *note]
+    return [
+        f"Measured on {env['gpu']}, {env['date']}, bfloat16 ([more](docs/benchmarks-models.md)):",
+        "",
+        *lines,
+        *note,
+    ]
 
 
 def _draw(result: Result) -> Path:
