@@ -127,6 +127,9 @@ def batch(step: int, size: int) -> Tensor:
 class Tasks(nn.Module):
     """The towers with the maps that only training needs."""
 
+    mean: Tensor
+    std: Tensor
+
     def __init__(self, clip: Clip, config: Config):
         super().__init__()
         self.model = clip.model.requires_grad_(True)

@@ -13,6 +13,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # the folder that holds univid/ and train/
 
@@ -44,9 +45,9 @@ class Config:
         need("batch_size", self.batch_size, self.batch_size >= 1, "a number >= 1")
 
 
-def build(channels: Sequence[int]) -> AutoencoderKL:
+def build(channels: Sequence[int]) -> Any:  # an AutoencoderKL: diffusers leaves its types open
     levels = len(channels)
-    vae = AutoencoderKL(
+    vae: Any = AutoencoderKL(
         down_block_types=("DownEncoderBlock2D",) * levels,
         up_block_types=("UpDecoderBlock2D",) * levels,
         block_out_channels=tuple(channels),
@@ -61,7 +62,7 @@ def build(channels: Sequence[int]) -> AutoencoderKL:
     return vae
 
 
-def loss(vae: AutoencoderKL, pixels: Tensor, config: Config) -> dict[str, Tensor]:
+def loss(vae: Any, pixels: Tensor, config: Config) -> dict[str, Tensor]:
     """The parts of the loss, of pixels ``(M, 3, H, W)`` in [-1, 1]."""
     with torch.autocast(pixels.device.type, torch.bfloat16, enabled=pixels.is_cuda):
         posterior = vae.encode(pixels).latent_dist
@@ -75,7 +76,7 @@ def loss(vae: AutoencoderKL, pixels: Tensor, config: Config) -> dict[str, Tensor
 
 
 @torch.no_grad()
-def standardise(vae: AutoencoderKL, pixels: Sequence[Tensor]) -> None:
+def standardise(vae: Any, pixels: Sequence[Tensor]) -> None:
     """Latents of mean zero, by the biases on both sides of them, and 1/std as the scaling factor."""
     latents = torch.cat([vae.encode(part).latent_dist.mode().float() for part in pixels])
     mean = latents.mean((0, 2, 3))

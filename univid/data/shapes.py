@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields
 from math import pi
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -212,9 +212,7 @@ class Shapes:
         empty = torch.empty(0, len(which), self.size, self.size, 3, dtype=torch.uint8, device=which.device)
         return torch.cat(parts) if parts else empty
 
-    def captions(
-        self, attributes: Attributes, kind: Literal["random", "full", "appearance", "motion"] = "random"
-    ) -> list[str]:
+    def captions(self, attributes: Attributes, kind: shapes_captions.Kind = "random") -> list[str]:
         """A caption of each clip; "random": one of the three kinds, mostly full."""
         if kind not in ("random", *shapes_captions.KINDS):
             raise ValueError(f"kind: got {kind!r}, needs random, {', '.join(shapes_captions.KINDS)}")

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Literal
 
-KINDS = ("full", "appearance", "motion")
+Kind = Literal["random", "full", "appearance", "motion"]
+KINDS: tuple[Kind, ...] = ("full", "appearance", "motion")
 _SHARES = (12, 2, 2)  # of KINDS, of 16 random captions
 
 _VERBS = ("moves", "goes", "slides")
