@@ -8,6 +8,7 @@ import tempfile
 from collections.abc import Callable
 from fractions import Fraction
 from pathlib import Path
+from typing import BinaryIO
 
 import av
 import numpy as np
@@ -73,7 +74,7 @@ def read_video(path: str | Path) -> tuple[Frames, float]:
     return np.stack(frames), rate
 
 
-def read_image(path: str | Path) -> NDArray[np.uint8]:
+def read_image(path: str | Path | BinaryIO) -> NDArray[np.uint8]:
     """A picture as ``(H, W, 3)`` uint8: turned as its EXIF says, transparency over white."""
     try:
         with Image.open(path) as file:

@@ -1,0 +1,109 @@
+"""What ``univid encode`` keeps of clips, read back: latents and tokens, as safetensors in tar shards."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load
+
+from univid.data.batch import Sample
+from univid.data.shards import Shards
+from univid.data.tensors import check_safetensors, read_json
+
+_NAMES = {"vae": "VAE", "clip": "text encoder"}
+
+
+def fingerprint(vae: str | Path, clip: str | Path) -> dict[str, str]:
+    """Of the frozen encoders, from the tensors in their safetensors files: how a cache knows its model again.
+
+    Args:
+        vae: diffusers' folder; its scaling factor counts too, as latents are kept scaled. clip: what
+            :func:`univid.data.clip.load_clip` takes.
+    """
+    scaling = read_json(Path(vae) / "config.json").get("scaling_factor")
+    weights = Path(str(clip).rpartition(":")[2])
+    return {"vae": _hash(Path(vae), f"{scaling}"), "clip": _hash(weights, "")}
+
+
+def _hash(path: Path, more: str) -> str:
+    digest = hashlib.sha256(more.encode())
+    files = sorted(path.glob("*.safetensors")) if path.is_dir() else [path]
+    if not files:
+        raise FileNotFoundError(f"model: {path} has no weights as safetensors")
+    for each in files:
+        check_safetensors(each)
+        with safe_open(each, "pt") as file:
+            for name in sorted(file.keys()):
+                x = file.get_tensor(name).contiguous()
+                digest.update(f"{name} {x.dtype} {tuple(x.shape)}".encode())
+                digest.update(x.reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()[:16]
+
+
+class Cached:
+    """Latents and tokens of clips, the first ``num_frames`` of each; float16 as kept.
+
+    Raises:
+        ValueError: the cache has fewer frames or other sizes than asked for, or another VAE or text encoder made it.
+    """
+
+    def __init__(
+        self,
+        source: Shards,
+        keep: NDArray[np.integer],
+        num_frames: int,
+        sizes: tuple[tuple[int, int], ...],
+        expected: dict[str, str] | None,
+    ):
+        self.source, self.keep, self.num_frames = source, keep, num_frames
+        first = source.headers[0]
+        for path, header in zip(source.paths, source.headers, strict=True):
+            if header is None or first is None:
+                raise ValueError(
+                    f"data: {path} and others: some are caches of `univid encode`, some hold clips; one kind needed"
+                )
+            for name, called in _NAMES.items():
+                wanted = (expected or first)[name]
+                if header[name] != wanted:
+                    raise ValueError(
+                        f"data: {path} is a cache made with another VAE or text encoder (fingerprint): its {called} is {header[name]},"
+                        f" {'the model has' if expected else 'that of other shards'} {wanted}"
+                    )
+            if header["num_frames"] < num_frames:
+                raise ValueError(f"num_frames: got {num_frames}; {path} has {header['num_frames']} of each clip")
+        if not len(keep):
+            raise ValueError(f"data: {source.paths[0]} and others: the cache holds no clips")
+        shape = np.stack([source.listing.numbers[name][keep] for name in ("height", "width")], 1).astype(int)
+        self.sizes, buckets = np.unique(shape, axis=0, return_inverse=True)
+        self.buckets: NDArray[np.int64] = buckets.reshape(-1)
+        if sizes and not {tuple(size) for size in self.sizes.tolist()} <= {tuple(size) for size in sizes}:
+            raise ValueError(f"sizes: got {sizes}; {source.paths[0]} has {self.sizes.tolist()}")
+
+    def __len__(self) -> int:
+        return len(self.keep)
+
+    def __getitem__(self, index: int) -> Sample:
+        number = int(self.keep[index])
+        try:
+            about = self.source.json(number)
+            tensors = load(self.source.media(number))
+            return Sample(
+                about["key"],
+                about["caption"],
+                about["fps"],
+                None,
+                tensors["latents"][: self.num_frames],
+                tensors["text"],
+                tensors["image"],
+            )
+        except (SafetensorError, KeyError, ValueError, OSError) as error:
+            raise ValueError(f"{self.source.name(number)}: {error}") from None
+
+    def read(self, index: int, generator: np.random.Generator) -> Sample:
+        """What was drawn was drawn when the cache was made."""
+        return self[index]
