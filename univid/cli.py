@@ -1,4 +1,4 @@
-"""``univid``: generate videos, and see what this machine can do."""
+"""``univid``: generate videos, prepare clips for training, and see what this machine can do."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ examples:
   univid generate "a red circle moves to the right" -o circle.mp4
   univid generate --image start.png --model path/to/univid -o clip.gif
   univid generate "a cat in the snow" --image cat.png --text-weight 0.5 --sweep 0,0.5,1 -o sweep.mp4
+  univid encode clips/ -o latents --model path/to/univid
   univid doctor
   univid info path/to/univid
 """
@@ -76,6 +77,29 @@ def generate(options: argparse.Namespace) -> int:
         written = pipe(**settings, **weights).save(output)
     for path in written:
         print(path)
+    return 0
+
+
+def encode(options: argparse.Namespace) -> int:
+    import torch
+
+    from univid.data import encode as encoding
+    from univid.data.dataset import DataConfig
+
+    model = _model(options.model)
+    given = {"num_frames": options.num_frames, "sizes": tuple(options.size or ()), "fps": options.fps}
+    config = encoding.settings(
+        model,
+        DataConfig(paths=tuple(options.source), min_score=dict(options.min_score)),
+        {name: value for name, value in given.items() if value},
+    )
+    device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    names = ("batch_size", "shard_size", "workers")
+    choices = {name: getattr(options, name) for name in names}
+    counts = encoding.encode(config, options.output, model, options.clip, device=device, **choices)
+    left_out = f", {counts.skipped} left out" if counts.skipped else ""
+    before = f"; {counts.there} shards were there" if counts.there else ""
+    print(f"{options.output}: {counts.written} clips{left_out}{before}")
     return 0
 
 
@@ -157,6 +181,24 @@ def _weight(text: str) -> float | list[float] | dict[int, float]:
         ) from None
 
 
+def _size(text: str) -> tuple[int, int]:
+    """``320x576``: height and width."""
+    try:
+        height, width = map(int, text.split("x"))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"got {text!r}; HEIGHTxWIDTH needed, such as 320x576") from None
+    return height, width
+
+
+def _score(text: str) -> tuple[str, float]:
+    """``aesthetic=4.5``."""
+    try:
+        name, least = text.split("=")
+        return name, float(least)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"got {text!r}; FIELD=NUMBER needed, such as aesthetic=4.5") from None
+
+
 def _parser() -> argparse.ArgumentParser:
     form: dict[str, Any] = {"formatter_class": argparse.RawDescriptionHelpFormatter}
     parser = argparse.ArgumentParser(prog="univid", description=__doc__, epilog=_EXAMPLES, **form)
@@ -195,6 +237,20 @@ def _parser() -> argparse.ArgumentParser:
     make.add_argument("--num-videos", type=int, default=1, metavar="V")
     make.add_argument("--device", help="cuda or cpu (default: the GPU, if there is one)")
     make.add_argument("--low-memory", action="store_true", help="slower, in about half the GPU memory")
+
+    cache = command(encode, "Keep what the frozen encoders make of clips: latents and tokens, for training.")
+    cache.add_argument("source", nargs="+", metavar="SOURCE", help="tar shards, a .csv or .jsonl, or a folder of them")
+    cache.add_argument("-o", "--output", required=True, metavar="FOLDER", help="of the cache's shards")
+    cache.add_argument("--model", default="shapes", metavar="CHECKPOINT", help="whose vae/ and clip/ (default: shapes)")
+    cache.add_argument("--clip", metavar="PATH", help="another CLIP: a folder, or NAME:PATH of one open_clip knows")
+    cache.add_argument("--num-frames", type=int, metavar="T", help="1: images (default: the checkpoint's)")
+    cache.add_argument("--size", type=_size, action="append", metavar="HxW", help="more than one: aspect buckets")
+    cache.add_argument("--fps", type=float, help="of what is kept (default: the checkpoint's)")
+    cache.add_argument("--min-score", type=_score, action="append", default=[], metavar="FIELD=X", help="of key.json")
+    cache.add_argument("--batch-size", type=int, default=8, metavar="CLIPS")
+    cache.add_argument("--shard-size", type=int, default=1000, metavar="CLIPS")
+    cache.add_argument("--workers", type=int, default=4, help="processes that decode")
+    cache.add_argument("--device", help="cuda or cpu (default: the GPU, if there is one)")
 
     command(doctor, "GPU, driver, versions, and which backend runs each operator, and why.")
     command(bench, "Time the operators on this GPU (the quick set).")

@@ -1,0 +1,222 @@
+"""``univid encode``: a cache holds what the encoders make of the clips, goes on where it ended, and knows its model."""
+
+import json
+import resource
+import tarfile
+
+import numpy as np
+import pytest
+import torch
+
+from tests.test_data import mp4, picture, shard, shards  # noqa: F401 - fixtures
+from tests.test_pipeline import make
+from univid.cli import main
+from univid.data.cache import fingerprint
+from univid.data.dataset import DataConfig, open_dataset
+from univid.data.loader import Loader
+
+SIZE = ((16, 32),)
+
+
+@pytest.fixture(scope="module")
+def pipe():
+    return make()
+
+
+@pytest.fixture(scope="module")
+def model(pipe, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("encode") / "model"
+    pipe.save_pretrained(folder)
+    return folder
+
+
+def run(source, output, model, *more):
+    shown = ["--device", "cpu", "--workers", "0", "--shard-size", "4", "--batch-size", "3"]
+    return main(["encode", str(source), "-o", str(output), "--model", str(model), *shown, *more])
+
+
+def cached(output, **options):
+    return open_dataset(DataConfig(**{"paths": (str(output),), "num_frames": 3} | options))
+
+
+def test_round_trip(shards, pipe, model, tmp_path, capsys):  # noqa: F811
+    output = tmp_path / "cache"
+    assert run(shards, output, model) == 0
+    assert capsys.readouterr().out == f"{output}: 6 clips\n"
+    assert sorted(p.name for p in output.iterdir()) == ["000000.tar", "000001.tar"]
+    clips = open_dataset(DataConfig(paths=(str(shards),), num_frames=3, sizes=SIZE, fps=4))
+    data = open_dataset(
+        DataConfig(paths=(str(output),), num_frames=3, sizes=SIZE), fingerprint(model / "vae", model / "clip")
+    )
+    assert len(data) == len(clips) == 6
+    for i in range(6):
+        clip, kept = clips[i], data[i]
+        assert (kept.key, kept.caption, kept.fps) == (clip.key, clip.caption, clip.fps) == (f"{i:05}", f"clip {i}", 4)
+        pixels = clip.frames.movedim(-1, 1)[None]
+        expected = {
+            "latents": pipe.vae.encode(pixels / 127.5 - 1)[0],
+            "text": pipe.clip.text([clip.caption])[0],
+            "image": pipe.clip.image(pixels[:, 0] / 255)[0],
+        }
+        for name, x in expected.items():
+            assert getattr(kept, name).dtype == torch.float16
+            torch.testing.assert_close(getattr(kept, name).float(), x, rtol=2e-3, atol=2e-3)
+    with tarfile.open(output / "000000.tar") as tar:
+        assert {name.rpartition(".")[2] for name in tar.getnames()} == {"json", "safetensors"}
+    batch = Loader(data, 2, workers=1).next()
+    assert batch.frames is None and batch.latents.shape == (2, 3, 4, 8, 16)
+    assert cached(output, num_frames=1)[0].latents.shape[0] == 1
+    assert [cached(output, min_score={"score": 4})[i].key for i in range(2)] == ["00004", "00005"]
+
+
+def test_buckets_and_pictures(tmp_path, mp4, model):  # noqa: F811
+    members = {f"{i}.txt": "x" for i in range(6)} | {f"{i}.mp4": mp4(20 * i) for i in range(3)}
+    members |= {f"{i}.png": picture(size=(60, 40)) for i in range(3, 6)}
+    shard(tmp_path / "0.tar", members)
+    sizes = ["--size", "16x32", "--size", "32x16"]
+    assert run(tmp_path / "0.tar", tmp_path / "cache", model, "--num-frames", "1", *sizes) == 0
+    data = cached(tmp_path / "cache", num_frames=1)
+    assert sorted(data.buckets.tolist()) == [0, 0, 0, 1, 1, 1]
+    loader = Loader(data, 3, workers=0)
+    assert {tuple(loader.next().latents.shape) for _ in range(2)} == {(3, 1, 4, 8, 16), (3, 1, 4, 16, 8)}
+
+
+def test_goes_on(shards, model, tmp_path, capsys, monkeypatch):  # noqa: F811
+    output, whole = tmp_path / "cache", tmp_path / "whole"
+    assert run(shards, whole, model) == 0
+    from univid.data.encode import _Encoder
+
+    write, calls = _Encoder.write, []
+
+    def interrupted(self, *arguments):
+        calls.append(0)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        write(self, *arguments)
+
+    monkeypatch.setattr(_Encoder, "write", interrupted)
+    assert run(shards, output, model) == 130
+    assert [p.name for p in output.iterdir()] == ["000000.tar"]
+    (output / ".000001.tar.partial").write_bytes(b"what a kill leaves behind")
+    first = (output / "000000.tar").stat().st_mtime_ns
+    capsys.readouterr()
+    assert run(shards, output, model) == 0
+    assert capsys.readouterr().out == f"{output}: 2 clips; 1 shards were there\n"
+    assert (output / "000000.tar").stat().st_mtime_ns == first
+    for name in ("000000.tar", "000001.tar"):
+        assert (output / name).read_bytes() == (whole / name).read_bytes()
+    assert sorted(p.name for p in output.iterdir()) == ["000000.tar", "000001.tar"]
+    assert run(shards, output, model, "--num-frames", "2") == 2
+    assert "is of another encoding (num_frames 3, now 2); another folder needed" in capsys.readouterr().err
+
+
+def test_another_model(shards, pipe, model, tmp_path):  # noqa: F811
+    output = tmp_path / "cache"
+    assert run(shards, output, model) == 0
+    ours = fingerprint(model / "vae", model / "clip")
+    other = make()
+    with torch.no_grad():
+        next(other.vae.parameters()).add_(1e-3)
+    other.save_pretrained(tmp_path / "vae")
+    with torch.no_grad():
+        other = make()
+        next(other.clip.parameters()).add_(1e-3)
+    other.save_pretrained(tmp_path / "clip")
+    for part, called in (("vae", "VAE"), ("clip", "text encoder")):
+        theirs = fingerprint(tmp_path / part / "vae", tmp_path / part / "clip")
+        assert [name for name in ours if ours[name] != theirs[name]] == [part]
+        with pytest.raises(ValueError, match=rf"made with another VAE or text encoder \(fingerprint\): its {called}"):
+            open_dataset(DataConfig(paths=(str(output),), num_frames=3), theirs)
+    config = tmp_path / "vae" / "vae" / "config.json"
+    pipe.vae.save(tmp_path / "vae" / "vae")
+    assert fingerprint(tmp_path / "vae" / "vae", model / "clip") == ours
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"scaling_factor": 0.5}))
+    assert fingerprint(tmp_path / "vae" / "vae", model / "clip")["vae"] != ours["vae"]
+
+
+def test_bad_caches(shards, model, tmp_path):  # noqa: F811
+    output = tmp_path / "cache"
+    assert run(shards, output, model) == 0
+    for options, error in (
+        ({"num_frames": 4}, "num_frames: got 4; .* has 3 of each clip"),
+        ({"sizes": ((16, 16),)}, r"sizes: got \(\(16, 16\),\); .* has \[\[16, 32\]\]"),
+        ({"paths": (str(output), str(shards))}, "some are caches of `univid encode`, some hold clips"),
+    ):
+        with pytest.raises(ValueError, match=error):
+            cached(output, **options)
+    path = output / "000000.tar"
+    data = cached(output)
+    broken = bytearray(path.read_bytes())
+    start = int(data.source.spans[0, 0, 0])
+    broken[start : start + 8] = b"\xff" * 8
+    path.write_bytes(broken)
+    with pytest.raises(ValueError, match=r"000000\.tar/000000000: "):
+        data[0]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error"),
+    [
+        (["{none}/*.tar", "-o", "{new}"], "no shards match"),
+        (["{shards}", "-o", "{new}", "--size", "15x32"], "sizes: got 15x32; multiples of 2 needed"),
+        (["{shards}", "-o", "{new}", "--num-frames", "99"], "of 6 clips could not be read"),
+        (["{shards}", "-o", "{new}", "--model", "nowhere"], "model: got 'nowhere'"),
+        (["{shards}", "-o", "{new}", "--batch-size", "0"], "batch_size: got 0"),
+        (["{shards}", "-o", "{new}", "--min-score", "score=9"], "min_score: none of 6"),
+        (["{shards}", "-o", "{shards}/000.tar"], "000.tar is not a folder"),
+    ],
+)
+def test_bad_input(shards, model, tmp_path, capsys, arguments, error):  # noqa: F811
+    places = {"shards": shards, "new": tmp_path / "cache", "none": tmp_path / "none"}
+    given = [argument.format(**places) for argument in arguments]
+    if "--model" not in given:
+        given += ["--model", str(model)]
+    assert main(["encode", *given, "--device", "cpu", "--workers", "0"]) == 2
+    err = [line for line in capsys.readouterr().err.splitlines() if line.startswith("univid:")]
+    assert len(err) == 1 and error in err[0]
+    assert not (tmp_path / "cache").exists() or not list((tmp_path / "cache").iterdir())
+
+
+def test_source_or_output_of_the_wrong_kind(shards, model, tmp_path, capsys):  # noqa: F811
+    assert run(shards, shards, model) == 2
+    assert "holds the source; another folder needed" in capsys.readouterr().err
+    output = tmp_path / "cache"
+    assert run(shards, output, model) == 0
+    assert run(output, tmp_path / "again", model) == 2
+    assert "is a cache already; clips needed" in capsys.readouterr().err
+    shard(output / "000000.tar", {"a.txt": "something"})
+    assert run(shards, output, model) == 2
+    assert "000000.tar is something else than a shard of this command" in capsys.readouterr().err
+
+
+def test_full_disk(shards, model, tmp_path, capsys):  # noqa: F811
+    """A file may not grow past a limit, as on a disk that is full: the shard before stays, and nothing half-written."""
+    output = tmp_path / "cache"
+    assert run(shards, output, model) == 0
+    second = (output / "000001.tar").read_bytes()
+    (output / "000001.tar").unlink()
+    capsys.readouterr()
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (len(second) // 2, before[1]))
+    try:
+        status = run(shards, output, model)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert status == 2
+    err = [line for line in capsys.readouterr().err.splitlines() if line.startswith("univid:")]
+    assert err == [
+        f"univid: output: {output}/000001.tar could not be written: File too large; the shards before it are whole"
+    ]
+    assert [p.name for p in output.iterdir() if p.suffix == ".tar" or "partial" in p.name] == ["000000.tar"]
+    assert run(shards, output, model) == 0
+    assert (output / "000001.tar").read_bytes() == second
+
+
+def test_a_broken_clip_is_left_out(tmp_path, mp4, model, capsys):  # noqa: F811
+    members = {f"{i}.mp4": mp4(20 * i) for i in range(5)} | {f"{i}.txt": "x" for i in range(6)}
+    shard(tmp_path / "0.tar", members | {"5.mp4": mp4(0)[:500]})
+    assert run(tmp_path / "0.tar", tmp_path / "cache", model, "--workers", "2") == 0
+    assert capsys.readouterr().out == f"{tmp_path}/cache: 5 clips, 1 left out\n"
+    data = cached(tmp_path / "cache")
+    assert [data[i].key for i in range(5)] == list("01234")
+    assert np.array_equal(data.buckets, [0] * 5)
