@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import shutil
 from collections import Counter
 from pathlib import Path
 
@@ -9,6 +10,7 @@ import pytest
 import torch
 from diffusers import DDIMScheduler
 
+from tests.test_data import mp4, shards  # noqa: F401 - fixtures
 from tests.test_pipeline import SCHEDULE, make
 from tests.train_worker import configure, state_of, train
 from train.config import CONFIGS, Config, Optimizer, Stream, load
@@ -22,6 +24,7 @@ from train.processes import processes
 from train.stages import STAGES, draw, plan
 from train.validation import grid
 from univid import UniVidPipeline
+from univid.cli import main as univid
 
 CPU = torch.device("cpu")
 
@@ -234,6 +237,28 @@ def test_the_command_trains_on_shapes_and_shows_clips(start, tmp_path):
     assert (frames.shape, fps) == ((3, 32, 64, 3), 4)
     assert export_main([str(tmp_path), str(tmp_path / "out"), "dtype=float16"]) == 0
     assert UniVidPipeline.from_pretrained(tmp_path / "out").unet.config.channels == (32, 64)
+
+
+@pytest.mark.parametrize("cached", [False, True], ids=["clips", "cache"])
+def test_clips_from_files(start, shards, tmp_path, capsys, cached):  # noqa: F811
+    """Trained on as they are, and as latents and tokens; what is resumed equals what was not."""
+    source, run = shards, tmp_path / "run"
+    if cached:
+        source = tmp_path / "latents"
+        shown = ["--device", "cpu", "--workers", "0", "--size", "32x48", "--num-frames", "3", "--fps", "4"]
+        assert univid(["encode", str(shards), "-o", str(source), "--model", str(start), *shown]) == 0
+    overrides = [
+        f"model.start={start}", "steps=4", "checkpoints.every=2", "streams.image.share=0", f"streams.video.source={source}",
+        "streams.video.width=48", "streams.video.fps=4", "streams.video.workers=0",
+    ]  # fmt: skip
+    with processes() as joined:
+        whole = train(configure(tmp_path / "whole", *overrides), joined)
+        train(configure(run, *overrides), joined)
+        shutil.rmtree(run / "checkpoints" / "step-00000004")  # as if it had been killed after step 2
+        resumed = train(configure(run, *overrides), joined)
+    assert all(torch.equal(whole[name], resumed[name]) for name in whole)
+    assert main([f"run={tmp_path / 'no'}", f"model.start={start}", f"streams.video.source={tmp_path}/no/*.tar"]) == 1
+    assert f"{tmp_path}/no/*.tar" in capsys.readouterr().err
 
 
 def test_a_pool_comes_in_another_order_each_time_round(start, tmp_path):

@@ -37,13 +37,14 @@ class Model:
 class Stream:
     """Batches of one modality and length. A step takes one stream, the same on all ranks."""
 
-    source: str = "shapes"  # "shapes", or "random": noise, for measuring
+    source: str = "shapes"  # "shapes", "random" (noise, for measuring), or files: shards, a table, a folder, or a cache
     share: float = 1.0  # of the steps, in relation to the other streams
     batch_size: int = 8  # clips on each rank, in each of the step's parts
     num_frames: int = 16  # T; 1: images
     height: int = 64
     width: int = 64
     fps: float = 8.0
+    workers: int = 4  # of files: processes that read
     pool: int = 0  # of "shapes": clips that are rendered and encoded once and kept on the device; 0: each is new
 
     def __post_init__(self) -> None:

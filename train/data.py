@@ -14,6 +14,8 @@ from train.processes import Processes
 from train.sharding import stable_seed
 from train.stages import to_device
 from univid.data.batch import Batch
+from univid.data.dataset import DataConfig, open_dataset
+from univid.data.loader import Loader
 from univid.model import UNetConfig
 
 POOLED = ("fps", "latents", "text", "image")
@@ -30,12 +32,21 @@ class Source(Protocol):
 def open_source(
     name: str, stream: Stream, config: UNetConfig, encoder: Encoder, processes: Processes, seed: int
 ) -> Source:
-    """Raises ValueError: a source that does not exist."""
+    """Raises ValueError, OSError: a source that does not exist, or does not fit (univid.data.dataset.open_dataset)."""
     if stream.source == "random":
         return RandomLatents(stream, config, encoder, processes)
-    if stream.source != "shapes":
-        raise ValueError(f"streams.{name}.source: got {stream.source!r}, needs shapes or random")
-    return RenderedShapes(stream, encoder, processes, stable_seed(seed, name))
+    if stream.source == "shapes":
+        return RenderedShapes(stream, encoder, processes, stable_seed(seed, name))
+    size = (stream.height, stream.width)
+    files = DataConfig(paths=(stream.source,), num_frames=stream.num_frames, sizes=(size,), fps=stream.fps)
+    return Loader(
+        open_dataset(files, encoder.parts.fingerprint),
+        stream.batch_size,
+        rank=processes.rank,
+        world_size=processes.world_size,
+        seed=stable_seed(seed, name),
+        workers=stream.workers,
+    )
 
 
 class _Counted:
@@ -174,19 +185,19 @@ class Encoder:
 
     def latents(self, batch: Batch) -> Tensor:
         if batch.latents is not None:
-            return batch.latents.to(self.device, non_blocking=True)
+            return batch.latents.to(self.device, torch.float32, non_blocking=True)
         vae, pixels = self.parts.vae, self._pixels(batch)
         vae.chunk = max(1, 2**21 // (pixels.shape[-1] * pixels.shape[-2]))  # frames; bounds the memory
         return vae.encode(pixels * 2 - 1)
 
     def text(self, batch: Batch) -> Tensor:
         if batch.text is not None:
-            return batch.text.to(self.device, non_blocking=True)
+            return batch.text.to(self.device, self.parts.dtype, non_blocking=True)
         return self.parts.clip.text(batch.captions)
 
     def image(self, batch: Batch) -> Tensor:
         if batch.image is not None:
-            return batch.image.to(self.device, non_blocking=True)
+            return batch.image.to(self.device, self.parts.dtype, non_blocking=True)
         return self.parts.clip.image(self._pixels(batch)[:, 0])
 
     def empty(self, clips: int) -> Tensor:

@@ -11,6 +11,7 @@ import torch
 
 from train.config import Model
 from train.sharding import Denoiser
+from univid.data.cache import fingerprint
 from univid.model import ImageAdapter, UNet, UNetConfig
 
 if TYPE_CHECKING:  # diffusers and open_clip take seconds to import, and training from a cache needs neither
@@ -62,6 +63,13 @@ class Parts:
         """Of the frozen parts; None: untrained ones."""
         name = self.model.sd21 or self.model.start or self.model.frozen
         return Path(name) if name else None
+
+    @cached_property
+    def fingerprint(self) -> dict[str, str] | None:
+        """Of the frozen encoders, by which a cache knows them; None: untrained ones, which have no files."""
+        if self.folder is None:
+            return None
+        return fingerprint(self.folder / "vae", self.model.clip if self.model.sd21 else self.folder / "clip")
 
     @cached_property
     def scheduler(self) -> dict[str, Any]:
