@@ -9,7 +9,9 @@ import logging
 import os
 import tarfile
 import threading
+from fractions import Fraction
 
+import av
 import numpy as np
 import pytest
 import torch
@@ -182,6 +184,40 @@ def test_resize_covers_and_keeps_the_middle(tmp_path):
     tall = opened(tmp_path, num_frames=2, sizes=((64, 24),))[0]
     assert tall.frames.shape == (2, 64, 24, 3)
     assert tall.frames.float().mean() > 245
+
+
+def test_turned_as_the_file_says(tmp_path):
+    """As phones write it: a quarter turn clockwise stands in the track's matrix, and the pixels lie on their side."""
+    frames = np.zeros((3, 32, 48, 3), np.uint8)
+    frames[:, :, :24] = 255  # on the left, which a turn takes to the top
+    write_frames(frames, tmp_path / "clip.mp4", 8)
+    words = lambda *values: b"".join(int(x * 2**16).to_bytes(4, "big", signed=True) for x in values)  # noqa: E731
+    data = (tmp_path / "clip.mp4").read_bytes()
+    tkhd = data.index(b"tkhd")
+    matrix = data.index(words(1, 0, 0, 0, 1), tkhd)
+    (tmp_path / "clip.mp4").write_bytes(data[:matrix] + words(0, 1, 0, -1, 0) + data[matrix + 20 :])
+    (tmp_path / "list.csv").write_text("path,caption\nclip.mp4,clip\n")
+    data = opened(tmp_path, sizes=((48, 32), (32, 48)))
+    assert data.buckets.tolist() == [0]
+    shown = data[0].frames.float()
+    assert shown.shape == (3, 48, 32, 3)
+    assert shown[:, :22].min() > 240 and shown[:, 26:].max() < 15
+
+
+def test_a_rate_that_varies(tmp_path):
+    """A time without a frame of its own shows the one before it."""
+    with av.open(tmp_path / "clip.mp4", "w") as container:
+        stream = container.add_stream("libx264", rate=10, options={"crf": "10", "bf": "0"})
+        stream.height, stream.width, stream.pix_fmt = 32, 32, "yuv420p"
+        for pts in (0, 1, 2, 5, 6, 7, 8, 9):
+            frame = av.VideoFrame.from_ndarray(np.full((32, 32, 3), 20 * pts, np.uint8), format="rgb24")
+            frame.pts, frame.time_base = pts, Fraction(1, 10)
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode(None))
+    (tmp_path / "list.csv").write_text("path,caption\nclip.mp4,clip\n")
+    sample = opened(tmp_path, num_frames=6, sizes=((32, 32),)).read(0, np.random.default_rng(0))
+    shown = greys(sample)
+    assert (np.diff(shown) > -2).all() and shown[-1] > shown[0] + 60
 
 
 def test_pictures(tmp_path, mp4):
