@@ -5,9 +5,10 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import json
+import sys
 import tomllib
 import types
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
@@ -166,6 +167,19 @@ def load(cls: type[C], path: str | Path | None = None, overrides: Sequence[str] 
 
 class _Text(str):
     """A value as it was typed."""
+
+
+def command(name: str, run: Callable[[C], object], cls: type[C], arguments: Sequence[str]) -> int:
+    """``[config.toml] [key=value ...]``: run with that configuration; what is wrong is one line, and exit code 2."""
+    path = None
+    if arguments and "=" not in arguments[0]:
+        path, *arguments = arguments
+    try:
+        run(load(cls, path, arguments))
+    except (ValueError, OSError) as error:
+        print(f"{name}: {error}", file=sys.stderr)
+        return 2
+    return 0
 
 
 def _put(cls: type, choices: dict[str, Any], key: str, value: _Text) -> None:

@@ -28,7 +28,7 @@ from einops import rearrange
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
-from train.config import load, need
+from train.config import command, need
 from univid.data.clip import VOCABULARY, Clip, build_clip
 from univid.data.shapes import Shapes, held_out
 from univid.data.shapes_captions import KINDS
@@ -223,15 +223,7 @@ def held_out_scores(tasks: Tasks, clip: Clip, world: Shapes, size: int) -> dict[
 
 
 def main(arguments: Sequence[str]) -> int:
-    path = None
-    if arguments and "=" not in arguments[0]:
-        path, *arguments = arguments
-    try:
-        train(load(Config, path, arguments))
-    except (ValueError, OSError) as error:
-        print(f"shapes_clip: {error}", file=sys.stderr)
-        return 2
-    return 0
+    return command("shapes_clip", train, Config, arguments)
 
 
 if __name__ == "__main__":

@@ -21,7 +21,7 @@ import torch
 from diffusers import AutoencoderKL
 from torch import Tensor
 
-from train.config import load, need
+from train.config import command, need
 from univid.data.autoencoder import Autoencoder
 from univid.data.shapes import Shapes, held_out
 
@@ -140,15 +140,7 @@ def train(config: Config) -> Autoencoder:
 
 
 def main(arguments: Sequence[str]) -> int:
-    path = None
-    if arguments and "=" not in arguments[0]:
-        path, *arguments = arguments
-    try:
-        train(load(Config, path, arguments))
-    except (ValueError, OSError) as error:
-        print(f"shapes_vae: {error}", file=sys.stderr)
-        return 2
-    return 0
+    return command("shapes_vae", train, Config, arguments)
 
 
 if __name__ == "__main__":
