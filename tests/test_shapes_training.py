@@ -1,11 +1,14 @@
 """The commands that train the small model's autoencoder and CLIP: a step or two on the CPU, and what they write is read back."""
 
 import json
+import os
+import signal
 
 import pytest
 import torch
 
 from train import shapes_clip, shapes_vae
+from train.config import until_stopped
 from univid.data.autoencoder import load_autoencoder
 from univid.data.clip import VOCABULARY, load_clip
 from univid.data.shapes import Shapes, held_out
@@ -27,6 +30,22 @@ def test_autoencoder(tmp_path, capsys):
     assert latents.std().item() == pytest.approx(1, abs=0.1)
     assert latents.mean((0, 1, 3, 4)).abs().max() < 0.3
     assert vae.decode(latents).shape == frames.shape
+
+    assert shapes_vae.main([*arguments, f"start={tmp_path / 'a'}", f"out={tmp_path / 'c'}"]) == 0
+    went_on = load_autoencoder(tmp_path / "c").vae
+    moved = [(x - y).abs().max().item() for x, y in zip(vae.vae.parameters(), went_on.parameters(), strict=True)]
+    assert 0 < max(moved) < 0.1  # a few steps from where it was, not from random weights
+
+
+def test_sigterm_ends_a_training_early(capsys):
+    steps = []
+    for step in until_stopped(5):
+        steps.append(step)
+        if step == 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+    assert steps == [0, 1]
+    assert "stopped at step 2 of 5" in capsys.readouterr().out
+    assert list(until_stopped(3)) == [0, 1, 2]
 
 
 def test_standardised_latents_draw_the_same_pixels():

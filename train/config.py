@@ -5,10 +5,11 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import json
+import signal
 import sys
 import tomllib
 import types
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
@@ -180,6 +181,20 @@ def command(name: str, run: Callable[[C], object], cls: type[C], arguments: Sequ
         print(f"{name}: {error}", file=sys.stderr)
         return 2
     return 0
+
+
+def until_stopped(steps: int) -> Iterator[int]:
+    """Steps 0, 1, … ``steps`` - 1, or until a SIGTERM: what is trained by then is written as at the end."""
+    signalled: list[int] = []
+    before = signal.signal(signal.SIGTERM, lambda number, _: signalled.append(number))
+    try:
+        for step in range(steps):
+            yield step
+            if signalled:
+                print(f"stopped at step {step + 1} of {steps}", flush=True)
+                return
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _put(cls: type, choices: dict[str, Any], key: str, value: _Text) -> None:

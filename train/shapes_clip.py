@@ -28,7 +28,7 @@ from einops import rearrange
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
-from train.config import command, need
+from train.config import command, need, until_stopped
 from univid.data.clip import VOCABULARY, Clip, build_clip
 from univid.data.shapes import Shapes, held_out
 from univid.data.shapes_captions import KINDS
@@ -39,7 +39,7 @@ FRAMES = (0, 3, 6, 9)  # near enough that no shape turns by half its symmetry fr
 @dataclass(frozen=True, kw_only=True)
 class Config:
     out: str = "runs/shapes_clip"
-    steps: int = 1500
+    steps: int = 2400
     batch_size: int = 512  # clips
     lr: float = 1e-3  # after a warm-up, then a cosine to zero
     weight_decay: float = 0.05
@@ -184,7 +184,7 @@ def train(config: Config) -> Clip:
     )
     captions = DataLoader(Captions(world, clip.tokenizer, config), batch_size=None, num_workers=config.workers)
     start = time.perf_counter()
-    for step, (full, looks) in enumerate(captions):
+    for step, (full, looks) in zip(until_stopped(config.steps), captions, strict=False):
         frames = world.render(world.sample(batch(step, config.batch_size)), device, FRAMES)
         parts = tasks(frames, full.to(device), looks.to(device))
         optimizer.zero_grad()
@@ -201,6 +201,7 @@ def train(config: Config) -> Clip:
             for name, value in dataclasses.asdict(config).items()
             if name not in ("out", "device", "workers")
         },
+        "steps": step + 1,
         "seconds": round(time.perf_counter() - start, 1),
         "on": torch.cuda.get_device_name() if device == "cuda" else device,
         "held_out": held_out_scores(tasks, clip, world, config.batch_size),

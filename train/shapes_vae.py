@@ -21,7 +21,7 @@ import torch
 from diffusers import AutoencoderKL
 from torch import Tensor
 
-from train.config import command, need
+from train.config import command, need, until_stopped
 from univid.data.autoencoder import Autoencoder
 from univid.data.shapes import Shapes, held_out
 
@@ -31,10 +31,12 @@ FRAMES = (0, 5, 10, 15)  # of each clip
 @dataclass(frozen=True, kw_only=True)
 class Config:
     out: str = "runs/shapes_vae"
-    steps: int = 2000
-    batch_size: int = 64  # clips, four frames of each
+    start: str = ""  # an autoencoder that this wrote before, to go on from; "": random weights
+    steps: int = 6000
+    batch_size: int = 32  # clips, four frames of each
     lr: float = 1e-3  # after a warm-up, then a cosine to zero
-    kl: float = 3e-4  # weight of the latents' divergence from a unit normal, a mean over their numbers
+    squares: float = 2.0  # weight of the squared error, beside the absolute one: a small object is a large error
+    kl: float = 3e-5  # weight of the latents' divergence from a unit normal, a mean over their numbers
     edges: float = 0.5  # weight of the L1 of differences between neighbouring pixels
     channels: tuple[int, ...] = (32, 64, 96)
     seed: int = 0
@@ -53,7 +55,7 @@ def build(channels: Sequence[int]) -> Any:  # an AutoencoderKL: diffusers leaves
         block_out_channels=tuple(channels),
         layers_per_block=1,
         latent_channels=4,
-        norm_num_groups=16,
+        norm_num_groups=8,
         sample_size=64,
         scaling_factor=1.0,
     )
@@ -70,6 +72,7 @@ def loss(vae: Any, pixels: Tensor, config: Config) -> dict[str, Tensor]:
     mean, logvar = posterior.mean.float(), posterior.logvar.float()
     return {
         "l1": error.abs().mean(),
+        "squares": config.squares * error.square().mean(),
         "edges": config.edges * (error.diff(dim=-1).abs().mean() + error.diff(dim=-2).abs().mean()),
         "kl": config.kl * 0.5 * (mean**2 + logvar.exp() - 1 - logvar).mean(),
     }
@@ -102,7 +105,8 @@ def train(config: Config) -> Autoencoder:
     torch.manual_seed(config.seed)
     torch.backends.cudnn.benchmark = True
     world = Shapes()
-    vae = build(config.channels).to(device, memory_format=torch.channels_last)
+    vae = AutoencoderKL.from_pretrained(config.start) if config.start else build(config.channels)
+    vae = vae.to(device, torch.float32, memory_format=torch.channels_last).train()
     optimizer = torch.optim.AdamW(vae.parameters(), lr=config.lr, betas=(0.9, 0.99), weight_decay=0.0)
     schedule = torch.optim.lr_scheduler.OneCycleLR(
         optimizer, config.lr, config.steps, pct_start=0.05, cycle_momentum=False
@@ -113,7 +117,7 @@ def train(config: Config) -> Autoencoder:
         return to_pixels(world.render(world.sample(indices), device, FRAMES))
 
     start = time.perf_counter()
-    for step in range(config.steps):
+    for step in until_stopped(config.steps):
         parts = loss(vae, draw(step), config)
         optimizer.zero_grad()
         torch.stack(list(parts.values())).sum().backward()
@@ -125,10 +129,11 @@ def train(config: Config) -> Autoencoder:
             print(f"step {step:5}  {shown}  {time.perf_counter() - start:6.1f} s", flush=True)
     vae.eval()
     with torch.autocast(device, torch.bfloat16, enabled=device == "cuda"):
-        standardise(vae, [draw(config.steps + i).contiguous(memory_format=torch.channels_last) for i in range(4)])
+        standardise(vae, [draw(step + 1 + i).contiguous(memory_format=torch.channels_last) for i in range(4)])
     result = Autoencoder(vae.half().float(), chunk=128)  # judged as it is saved
     report = {
         **{name: value for name, value in dataclasses.asdict(config).items() if name not in ("out", "device")},
+        "steps": step + 1,
         "seconds": round(time.perf_counter() - start, 1),
         "on": torch.cuda.get_device_name() if device == "cuda" else device,
         "psnr_held_out": round(psnr(result, world.render(world.sample(held_out(64)), device, FRAMES)), 2),
