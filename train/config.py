@@ -28,11 +28,11 @@ def need(name: str, got: Any, ok: bool, needs: str) -> None:
 class Model:
     """What training starts from: a pipeline's folder, Stable Diffusion 2.1, or random weights."""
 
-    start: str = ""  # a folder that train/export.py or save_pretrained wrote
+    start: str = ""  # a folder that train/export.py or save_pretrained wrote, or the name of a model that ships
     sd21: str = ""  # Stable Diffusion 2.1's folder, with clip: OpenCLIP's
     clip: str = ""
     unet: str = "shapes"  # else random weights of this configuration, or TOML file
-    frozen: str = ""  # and vae/, clip/, scheduler/, generation.json from this folder; "": untrained ones, for a trial
+    frozen: str = ""  # and vae/, clip/, scheduler/, generation.json from such a folder; "": untrained ones, for a trial
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -11,6 +11,7 @@ import torch
 
 from train.config import Model
 from train.sharding import Denoiser
+from univid.checkpoint import find
 from univid.data.cache import fingerprint
 from univid.model import ImageAdapter, UNet, UNetConfig
 
@@ -50,9 +51,7 @@ class Parts:
             pipe = UniVidPipeline.from_sd21(self.model.sd21, self.model.clip)
             return _denoiser(pipe.unet, pipe.adapter)
         if self.model.start:
-            folder = Path(self.model.start)
-            if not folder.is_dir():
-                raise FileNotFoundError(f"model.start: {folder} is not a folder")
+            folder = find(self.model.start, "model.start")
             unet = UNet.from_pretrained(folder / "unet")
             return _denoiser(unet, ImageAdapter.from_pretrained(folder / "image_adapter"))
         with torch.device("meta"):
@@ -61,8 +60,11 @@ class Parts:
     @property
     def folder(self) -> Path | None:
         """Of the frozen parts; None: untrained ones."""
-        name = self.model.sd21 or self.model.start or self.model.frozen
-        return Path(name) if name else None
+        if self.model.sd21:
+            return Path(self.model.sd21)
+        if self.model.start:
+            return find(self.model.start, "model.start")
+        return find(self.model.frozen, "model.frozen") if self.model.frozen else None
 
     @cached_property
     def fingerprint(self) -> dict[str, str] | None:

@@ -85,7 +85,8 @@ def standardise(vae: Any, pixels: Sequence[Tensor]) -> None:
     mean = latents.mean((0, 2, 3))
     vae.quant_conv.bias[: len(mean)] -= mean
     vae.post_quant_conv.bias += vae.post_quant_conv.weight[:, :, 0, 0] @ mean
-    vae.register_to_config(scaling_factor=1 / (latents - mean[:, None, None]).std().item())
+    # diffusers would keep the path of what it went on from.
+    vae.register_to_config(scaling_factor=1 / (latents - mean[:, None, None]).std().item(), _name_or_path=None)
 
 
 @torch.no_grad()

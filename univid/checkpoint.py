@@ -1,4 +1,4 @@
-"""What a checkpoint's folder holds, read without loading it."""
+"""Where checkpoints are, and what a checkpoint's folder holds, read without loading it."""
 
 from __future__ import annotations
 
@@ -11,6 +11,23 @@ from safetensors import safe_open
 from univid.data.tensors import check_safetensors, read_json
 
 PARTS = ("unet", "image_adapter", "vae", "clip")
+MODELS = Path(__file__).parent / "models"  # what ships in the package
+
+
+def find(name: str | Path, argument: str = "model") -> Path:
+    """A checkpoint's folder: one that ships, by its name, or a path.
+
+    Raises:
+        FileNotFoundError: neither; ``argument`` is what the message calls it.
+    """
+    shipped = sorted(path.name for path in MODELS.glob("*/"))
+    if str(name) in shipped:
+        return MODELS / name
+    if Path(name).is_dir():
+        return Path(name)
+    raise FileNotFoundError(
+        f"{argument}: got {str(name)!r}; a checkpoint's folder or one of {', '.join(shipped)} needed"
+    )
 
 
 def describe(folder: Path) -> str:

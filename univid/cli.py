@@ -9,8 +9,6 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-MODELS = Path(__file__).parent / "models"  # what ships in the package
-
 _EXAMPLES = """\
 examples:
   univid generate "a red circle moves to the right" -o circle.mp4
@@ -46,6 +44,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def generate(options: argparse.Namespace) -> int:
     import torch
 
+    from univid.checkpoint import find
     from univid.data.files import check_writable
     from univid.pipeline import UniVidPipeline
 
@@ -59,7 +58,7 @@ def generate(options: argparse.Namespace) -> int:
     if device != "cpu" and not torch.cuda.is_available():
         raise ValueError(f"--device: got {device!r}; PyTorch finds no GPU here")
     dtype = torch.float32 if device == "cpu" else torch.bfloat16
-    pipe = UniVidPipeline.from_pretrained(_model(options.model), torch_dtype=dtype)
+    pipe = UniVidPipeline.from_pretrained(find(options.model), torch_dtype=dtype)
     pipe = (pipe.enable_low_memory() if options.low_memory else pipe).to(device)
     settings = {
         name: getattr(options, name)
@@ -83,10 +82,11 @@ def generate(options: argparse.Namespace) -> int:
 def encode(options: argparse.Namespace) -> int:
     import torch
 
+    from univid.checkpoint import find
     from univid.data import encode as encoding
     from univid.data.dataset import DataConfig
 
-    model = _model(options.model)
+    model = find(options.model)
     given = {"num_frames": options.num_frames, "sizes": tuple(options.size or ()), "fps": options.fps}
     config = encoding.settings(
         model,
@@ -110,21 +110,22 @@ def doctor(options: argparse.Namespace) -> int:
 
 
 def info(options: argparse.Namespace) -> int:
-    from univid.checkpoint import describe
+    from univid.checkpoint import describe, find
 
-    print(describe(_model(options.checkpoint)))
+    print(describe(find(options.checkpoint)))
     return 0
 
 
 def judge(options: argparse.Namespace) -> int:
     import torch
 
+    from univid.checkpoint import find
     from univid.judge import Examination, examine
     from univid.pipeline import UniVidPipeline
 
     device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
     dtype = torch.float32 if device == "cpu" else torch.bfloat16
-    pipe = UniVidPipeline.from_pretrained(_model(options.checkpoint), torch_dtype=dtype).to(device)
+    pipe = UniVidPipeline.from_pretrained(find(options.checkpoint), torch_dtype=dtype).to(device)
     settings = {name: getattr(options, name) for name in ("count", "pairs", "batch", "steps", "seed")}
     print(examine(Examination(pipe, **settings), options.sets.split(","), Path(options.output)))
     return 0
@@ -139,17 +140,6 @@ def bench(options: argparse.Namespace) -> int:
     import pytest
 
     return int(pytest.main([str(root), "--quick"]))
-
-
-def _model(name: str) -> Path:
-    """A checkpoint's folder: one that ships, or a path."""
-    shipped = sorted(path.name for path in MODELS.glob("*/")) if MODELS.is_dir() else []
-    if name in shipped:
-        return MODELS / name
-    if Path(name).is_dir():
-        return Path(name)
-    known = f" or one of {', '.join(shipped)}" if shipped else ""
-    raise FileNotFoundError(f"model: got {name!r}; a checkpoint's folder{known} needed")
 
 
 def _sweep(options: argparse.Namespace) -> list[tuple[float, float]]:

@@ -18,6 +18,7 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
+from univid.checkpoint import find
 from univid.data.autoencoder import Autoencoder, load_autoencoder
 from univid.data.clip import Clip, load_clip
 from univid.data.files import Frames, read_image, write_frames
@@ -92,14 +93,12 @@ class UniVidPipeline:
 
     @classmethod
     def from_pretrained(cls, path: str | Path, torch_dtype: torch.dtype = torch.float32) -> UniVidPipeline:
-        """From a folder that :meth:`save_pretrained` wrote.
+        """From a folder that :meth:`save_pretrained` wrote, or one that ships, by its name.
 
         Raises:
             FileNotFoundError, ValueError: a part that is missing, or does not fit its configuration.
         """
-        path = Path(path)
-        if not path.is_dir():
-            raise FileNotFoundError(f"path: {path} is not a folder")
+        path = find(path, "path")
         return cls(
             UNet.from_pretrained(path / "unet", torch_dtype=torch_dtype),
             ImageAdapter.from_pretrained(path / "image_adapter", torch_dtype=torch_dtype),

@@ -1,0 +1,39 @@
+"""The model of the shapes world that ships in the package: its parts do what they were trained for."""
+
+import torch
+import torch.nn.functional as F
+
+from train.shapes_vae import to_pixels
+from univid.checkpoint import find
+from univid.data.autoencoder import load_autoencoder
+from univid.data.clip import load_clip
+from univid.data.judge import judge
+from univid.data.shapes import COLOURS, SHAPES, Shapes, held_out
+
+WORLD = Shapes()
+CLIPS = 32
+
+
+def test_autoencoder_keeps_what_is_judged():
+    attributes = WORLD.sample(held_out(CLIPS))
+    frames = WORLD.render(attributes)
+    vae = load_autoencoder(find("shapes") / "vae")
+    latents = vae.encode(to_pixels(frames).unflatten(0, frames.shape[:2]))
+    assert 0.9 < latents.std().item() < 1.1
+    for name, right in judge(vae.decode(latents)).right(attributes).items():
+        assert right.float().mean() >= 0.98, name
+
+
+def test_clip_tells_colours_and_shapes():
+    attributes = WORLD.sample(held_out(CLIPS))
+    clip = load_clip(find("shapes") / "clip")
+    looks = [(colour, shape) for colour in COLOURS for shape in SHAPES]
+    with torch.no_grad():
+        texts = clip.model.encode_text(clip.tokenizer([" ".join(("a", *words)) for words in looks]), normalize=True)
+        visual = clip.model.visual
+        mean, std = (torch.tensor(x)[:, None, None] for x in (visual.image_mean, visual.image_std))
+        pictures = WORLD.render(attributes, frames=(0,))[:, 0].permute(0, 3, 1, 2) / 255
+        seen = visual((pictures - mean) / std)
+    nearest = (F.normalize(seen, dim=-1) @ texts.T).argmax(1).tolist()
+    shown = [(names["colour"], names["shape"]) for names in map(attributes.names, range(CLIPS))]
+    assert sum(looks[i] == words for i, words in zip(nearest, shown, strict=True)) >= 0.95 * CLIPS
