@@ -1,4 +1,4 @@
-"""The operators inside PyTorch: compiled, checkpointed, under autocast, counted, captured, in threads, past 2³¹."""
+"""The operators inside PyTorch: compiled, differentiated, checkpointed, deterministic, in modules and threads."""
 
 import copy
 import functools
@@ -9,21 +9,12 @@ import pytest
 import torch
 from torch import nn
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
-from torch.utils.flop_counter import FlopCounterMode
 
 from tests.calls import (
     OPERATOR,
-    OPERATORS,
-    B,
-    D,
-    H,
-    N,
-    R,
     Seen,
-    T,
     apply,
     arguments,
-    check_autocast,
     check_compiled,
     check_operator,
     compiled,
@@ -316,137 +307,6 @@ def test_checkpoint_compiled():
         lambda inputs: checkpoint(lambda q: apply("pyramid", inputs | {"q": q}), inputs["q"], use_reentrant=False)
     )
     torch.testing.assert_close(differentiate("pyramid", inputs, block), expected)
-
-
-# --- autocast ---------------------------------------------------------------------------------------------------------
-
-
-@eager_backends
-@every_case
-def test_autocast(case, backend):
-    check_autocast(case, "cpu", torch.bfloat16, backend)
-
-
-@pytest.mark.parametrize("case", [case for case in OPERATORS if "norm" not in case and "qkv" not in case])
-def test_autocast_takes_mixed_dtypes(case):
-    """A bfloat16 activation beside float32 parameters; without autocast that is an error, and float64 always is."""
-    inputs = arguments(case)
-    first = next(iter(inputs))
-    mixed = inputs | {first: inputs[first].bfloat16()}
-    with pytest.raises(TypeError, match=r"needs \w+'s dtype, bfloat16"):
-        apply(case, mixed)
-    with torch.autocast("cpu", torch.bfloat16):
-        results = differentiate(case, mixed)
-        with pytest.raises(TypeError, match=r"needs \w+'s dtype, float64"):
-            apply(case, inputs | {first: inputs[first].double()})
-    assert results["out"].dtype == torch.bfloat16
-    for name, x in results.items():
-        assert name == "out" or x.dtype == mixed[name].dtype
-
-
-def test_autocast_of_norms():
-    """x keeps its dtype, beside float32 parameters."""
-    for dtype in (torch.bfloat16, torch.float32):
-        inputs = arguments("norm-float32", dtype=dtype)
-        with torch.autocast("cpu", torch.bfloat16):
-            out = apply("norm-float32", inputs)
-        assert out.dtype == dtype
-        torch.testing.assert_close(out, apply("norm-float32", inputs))
-
-
-def test_autocast_leaves_float64_alone():
-    inputs = arguments("temporal", dtype=torch.float64)
-    expected = apply("temporal", inputs)
-    with torch.autocast("cpu", torch.bfloat16):
-        torch.testing.assert_close(apply("temporal", inputs), expected)
-
-
-@every_operator
-def test_autocast_that_is_off(case):
-    inputs = arguments(case)
-    expected = apply(case, inputs)
-    with torch.autocast("cpu", torch.bfloat16), torch.autocast("cpu", enabled=False):
-        torch.testing.assert_close(apply(case, inputs), expected)
-
-
-def test_autocast_compiled():
-    inputs = arguments("pyramid")
-
-    def call(inputs):
-        with torch.autocast("cpu", torch.bfloat16):
-            return apply("pyramid", inputs)
-
-    results = differentiate("pyramid", inputs, compiled(call)[0])
-    torch.testing.assert_close(results, differentiate("pyramid", inputs, call))
-
-
-# --- FLOPs ------------------------------------------------------------------------------------------------------------
-
-PYRAMID, TEMPORAL, DUAL = B * H * (T * N) * (R * N) * D, B * H * N * T * T * D, B * H * T * N * D
-CONV = B * T * N * (2 * D) * (4 * D)
-FLOPS = {  # forward, backward with all gradients
-    "pyramid": (4 * PYRAMID, 10 * PYRAMID),
-    "pyramid-window": (4 * PYRAMID * 3 // R, 10 * PYRAMID * 3 // R),  # padding counts
-    "pyramid-raw": (4 * PYRAMID, 10 * PYRAMID),
-    "pyramid_qkv": (4 * PYRAMID, 10 * PYRAMID),
-    "temporal": (4 * TEMPORAL, 10 * TEMPORAL),
-    "temporal_qkv": (4 * TEMPORAL, 10 * TEMPORAL),
-    "dual": (4 * DUAL * (9 + 11), 10 * DUAL * (9 + 11)),
-    "dual-text": (4 * DUAL * 9, 10 * DUAL * 9),
-    "conv": (2 * CONV * 3, 4 * CONV * 3),
-    "conv-plain": (2 * CONV * 5, 4 * CONV * 5),
-    "norm": (0, 0),
-    "norm-float32": (0, 0),
-}
-
-
-def count(run):
-    with FlopCounterMode(display=False) as counter:
-        run()
-    return counter.get_total_flops()
-
-
-@pytest.mark.parametrize("device", ["cpu", "meta"])
-@pytest.mark.parametrize("backend", [None, "reference"])
-@every_case
-def test_flops(case, backend, device):
-    """The formula's, whichever backend runs."""
-    inputs = {name: x.to(device) if hasattr(x, "to") else x for name, x in arguments(case).items()}
-    forward, backward = FLOPS[case]
-    assert count(lambda: apply(case, inputs, backend=backend)) == forward
-    # the image's weight is a number: its gradient is not asked for
-    assert count(lambda: differentiate(case, inputs, backend=backend)) == forward + backward
-
-
-@pytest.mark.parametrize(
-    ("case", "name", "products"),
-    [
-        ("pyramid", "q", 6),  # S, dP, dQ: two each
-        ("pyramid", "k", 6),
-        ("pyramid", "v", 4),  # S, dV
-        ("temporal", "q", 6),
-        ("temporal", "v", 4),
-        ("dual-text", "k_text", 6),
-        ("dual-text", "v_text", 4),
-        ("conv", "x", 2),
-        ("conv", "weight", 2),
-        ("conv", "bias", 0),
-        ("conv", "residual", 0),
-    ],
-)
-def test_flops_of_one_gradient(case, name, products):
-    inputs = arguments(case)
-    inputs[name].requires_grad_()
-    forward, _ = FLOPS[case]
-    unit = forward // (2 if case == "conv" else 4)
-    assert count(lambda: apply(case, inputs).sum().backward()) == forward + products * unit
-
-
-def test_flops_of_streams_that_are_left_out():
-    inputs = arguments("dual")
-    assert count(lambda: apply("dual", inputs | {"text_weight": 0})) == 4 * DUAL * 11
-    assert count(lambda: apply("dual", inputs | {"image_weight": 0.0})) == 4 * DUAL * 9
-    assert count(lambda: apply("dual", inputs | {"image_weight": torch.zeros(())})) == 4 * DUAL * 20  # it is computed
 
 
 # --- determinism ------------------------------------------------------------------------------------------------------
