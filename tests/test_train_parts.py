@@ -239,6 +239,28 @@ def test_the_command_trains_on_shapes_and_shows_clips(start, tmp_path):
     assert UniVidPipeline.from_pretrained(tmp_path / "out").unet.config.channels == (32, 64)
 
 
+def test_a_piece_of_a_run_is_timed_and_exported_and_the_next_one_starts_from_it(start, tmp_path, capsys):
+    arguments = [
+        f"run={tmp_path / 'one'}", f"model.start={start}", "steps=1000", "stage=t2v", "seconds=0.01", f"export={tmp_path / 'out'}",
+        "streams.video.batch_size=2", "streams.video.num_frames=3", "streams.video.height=32", "streams.video.width=32",
+        "streams.image.share=0", "streams.video.pool=3", "log.tensorboard=false",
+    ]  # fmt: skip
+    assert main(arguments) == 0
+    assert "stopped at step 2" in capsys.readouterr().out  # over in its first step, agreed on in the next
+    assert export_main([str(tmp_path / "one"), str(tmp_path / "again")]) == 0
+    for part in ("unet", "image_adapter"):
+        files = [tmp_path / out / part / "diffusion_pytorch_model.safetensors" for out in ("out", "again")]
+        assert files[0].read_bytes() == files[1].read_bytes()
+    arguments[:5] = [f"run={tmp_path / 'two'}", f"model.start={tmp_path / 'out'}", "steps=1", "stage=joint", "seed=2"]
+    with processes() as joined:
+        from train.fsdp import Trainer
+
+        trainer = Trainer(load(Config, CONFIGS / "shapes.toml", [*arguments, "streams.video.first=7"]), joined)
+        assert sorted(trainer.sources["video"].pool.keys) == ["shapes/7", "shapes/8", "shapes/9"]
+        started = UniVidPipeline.from_pretrained(tmp_path / "out").unet
+        assert torch.equal(state_of(trainer)["model.unet.conv_in.weight"].cpu(), started.conv_in.weight)
+
+
 @pytest.mark.parametrize("cached", [False, True], ids=["clips", "cache"])
 def test_clips_from_files(start, shards, tmp_path, capsys, cached):  # noqa: F811
     """Trained on as they are, and as latents and tokens; what is resumed equals what was not."""

@@ -47,12 +47,16 @@ class Stream:
     width: int = 64
     fps: float = 8.0
     workers: int = 4  # of files: processes that read
+    min_score: dict[str, float] = field(default_factory=dict)  # of files: the least value by field, as of DataConfig
     pool: int = 0  # of "shapes": clips that are rendered and encoded once and kept on the device; 0: each is new
+    first: int = 0  # of "shapes": the number of the first clip, by which one run sees other clips than another
 
     def __post_init__(self) -> None:
         need("share", self.share, self.share >= 0, "a number >= 0")
         for name in ("batch_size", "num_frames", "height", "width"):
             need(name, getattr(self, name), getattr(self, name) >= 1, "a number >= 1")
+        for name in ("pool", "first"):
+            need(name, getattr(self, name), getattr(self, name) >= 0, "a number >= 0")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -123,6 +127,8 @@ class Config:
     run: str = "runs/shapes"  # the folder of checkpoints, logs and validation clips
     stage: Literal["t2v", "adapters", "joint"] = "joint"
     steps: int = 20_000
+    seconds: float = 0.0  # after which this command stops as at a SIGTERM, the model's making counted; 0: never
+    export: str = ""  # a folder that gets the averaged weights in the end, as by train/export.py
     seed: int = 0
     model: Model = Model()
     streams: dict[str, Stream] = field(default_factory=lambda: {"video": Stream()})
@@ -133,6 +139,7 @@ class Config:
     validation: Validation = Validation()
 
     def __post_init__(self) -> None:
+        need("seconds", self.seconds, self.seconds >= 0, "a number >= 0")
         total = sum(stream.share for stream in self.streams.values())
         need("streams", {n: s.share for n, s in self.streams.items()}, total > 0, "a share > 0")
 

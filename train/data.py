@@ -38,9 +38,17 @@ def open_source(
     if stream.source == "shapes":
         return RenderedShapes(stream, encoder, processes, stable_seed(seed, name))
     size = (stream.height, stream.width)
-    files = DataConfig(paths=(stream.source,), num_frames=stream.num_frames, sizes=(size,), fps=stream.fps)
+    files = DataConfig(
+        paths=(stream.source,),
+        num_frames=stream.num_frames,
+        sizes=(size,),
+        fps=stream.fps,
+        min_score=stream.min_score,
+    )
+    with processes.first_before_others():  # it writes the indices that the others read
+        dataset = open_dataset(files, encoder.parts.fingerprint)
     return Loader(
-        open_dataset(files, encoder.parts.fingerprint),
+        dataset,
         stream.batch_size,
         rank=processes.rank,
         world_size=processes.world_size,
@@ -107,7 +115,7 @@ class RenderedShapes(_Counted):
         self.encoder, self.seed = encoder, seed
         self.pool: Batch | None = None
         if stream.pool:
-            parts = [self._encoded(indices) for indices in torch.arange(stream.pool).split(256)]
+            parts = [self._encoded(indices) for indices in (stream.first + torch.arange(stream.pool)).split(256)]
             self.pool = Batch(
                 [key for part in parts for key in part.keys],
                 [caption for part in parts for caption in part.captions],
@@ -116,7 +124,7 @@ class RenderedShapes(_Counted):
 
     def next(self) -> Batch:
         indices = self._indices()
-        return self._render(indices) if self.pool is None else self._of_pool(self.pool, indices)
+        return self._render(self.stream.first + indices) if self.pool is None else self._of_pool(self.pool, indices)
 
     def _render(self, indices: Tensor) -> Batch:
         attributes = self.world.sample(indices)
@@ -134,13 +142,12 @@ class RenderedShapes(_Counted):
         return replace(batch, frames=None, latents=latents, text=text, image=image)
 
     def _of_pool(self, pool: Batch, indices: Tensor) -> Batch:
-        rows = []
-        for index in indices.tolist():
-            time, place = divmod(index, len(pool.keys))
-            rows.append(int(self._order(time)[place]))
-        there = to_device(torch.tensor(rows), self.processes.device)
+        times, places = indices // len(pool.keys), indices % len(pool.keys)
+        rows = torch.cat([self._order(time)[places[times == time]] for time in times.unique().tolist()])
+        there = to_device(rows, self.processes.device)
         tensors = {name: getattr(pool, name)[there] for name in POOLED}
-        return Batch([pool.keys[row] for row in rows], [pool.captions[row] for row in rows], **tensors)
+        chosen = rows.tolist()
+        return Batch([pool.keys[row] for row in chosen], [pool.captions[row] for row in chosen], **tensors)
 
     def _order(self, time: int) -> Tensor:
         if getattr(self, "_time", None) != time:

@@ -11,7 +11,7 @@ import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # the folder that holds univid/ and train/
 
@@ -22,8 +22,12 @@ from torch import Tensor
 from train.checkpoint import checkpoints, read_state
 from train.config import Config, load
 from train.parts import Parts
+from train.sharding import Denoiser
 from train.validation import assemble
 from univid.model import UNetConfig
+
+if TYPE_CHECKING:
+    from univid.pipeline import UniVidPipeline
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,13 +53,18 @@ def export(run: Path, out: Path, choices: Export = Export()) -> Path:
     unet = UNetConfig.of(state["unet"])
     dtype: torch.dtype = getattr(torch, choices.dtype)
     model = assemble(unet, read_weights(found[step], choices.weights))
-    if state["stage"] == "t2v":
+    pipeline_of(model.to(dtype), state["stage"], Parts(config.model, dtype, torch.device("cpu"))).save_pretrained(out)
+    return found[step]
+
+
+def pipeline_of(model: Denoiser, stage: str, parts: Parts) -> UniVidPipeline:
+    """What a stage trained, with the parts that stayed as they are."""
+    if stage == "t2v":
         for transformer in model.unet.transformers():
             attention = transformer.cross_attention
             attention.to_k_image.load_state_dict(attention.to_k.state_dict())
             attention.to_v_image.load_state_dict(attention.to_v.state_dict())
-    Parts(config.model, dtype, torch.device("cpu")).pipeline(model.to(dtype)).save_pretrained(out)
-    return found[step]
+    return parts.pipeline(model)
 
 
 def read_weights(checkpoint: Path, kind: str) -> dict[str, Tensor]:

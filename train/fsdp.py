@@ -23,6 +23,7 @@ from train.checkpoint import Checkpoints, check_architecture
 from train.config import CONFIGS, Config, load
 from train.data import Conditioned, Encoder, open_source
 from train.diffusion import Diffusion
+from train.export import pipeline_of
 from train.flops import forward_flops
 from train.log import Logs, Meter, Step
 from train.optimizer import ShardedAdamW, learning_rate
@@ -30,13 +31,15 @@ from train.parts import Parts
 from train.processes import Processes, processes
 from train.sharding import Denoiser, checkpoint_activations, compile_blocks, materialise, shard
 from train.stages import STAGES, Plan, draw, plan, reference_frames
-from train.validation import validate
+from train.validation import averaged, validate
 
 
 class Trainer:
     """All of a run: model, optimizer, data, checkpoints."""
 
-    def __init__(self, config: Config, processes: Processes):
+    def __init__(self, config: Config, processes: Processes, started: float | None = None):
+        """``started``: of the command, by the performance counter."""
+        self.started = time.perf_counter() if started is None else started
         self.config, self.processes, self.stage = config, processes, STAGES[config.stage]
         device = processes.device
         on_gpu = device.type == "cuda"
@@ -130,6 +133,8 @@ class Trainer:
         first, stopped = self.step + 1, False
         while self.step < config.steps and not stopped:
             self.meter.steps.append(self.train_step())
+            if config.seconds and time.perf_counter() - self.started > config.seconds:
+                self.processes.stop()
             stopped = self.processes.stopping()
             last = stopped or self.step == config.steps
             if last or self.step % config.log.every == 0 or self.step == first:
@@ -140,6 +145,8 @@ class Trainer:
                 self.meter.pause(validate(self))
             self.checkpoints.check()
         self.checkpoints.wait()
+        if config.export:
+            self.export(Path(config.export))
         if self.processes.first:
             print(f"{'stopped' if stopped else 'finished'} at step {self.step}", flush=True)
 
@@ -155,6 +162,15 @@ class Trainer:
                 flush=True,
             )
 
+    def export(self, out: Path) -> None:
+        """Write the averaged weights and the frozen parts on rank 0, while the others wait."""
+        whole = averaged(self, torch.float32)
+        if whole is not None:
+            parts = Parts(self.config.model, torch.float32, torch.device("cpu"))
+            pipeline_of(whole.cpu(), self.config.stage, parts).save_pretrained(out)
+            print(f"{out}: averaged weights of step {self.step}", flush=True)
+        self.processes.barrier()
+
     def save(self) -> None:
         before = time.perf_counter()
         sources = {name: source.state_dict() for name, source in self.sources.items()}
@@ -163,13 +179,14 @@ class Trainer:
 
 
 def main(arguments: Sequence[str]) -> int:
+    started = time.perf_counter()
     path: str | Path | None = CONFIGS / "shapes.toml"
     if arguments and "=" not in arguments[0]:
         path, *arguments = arguments
     try:
         config = load(Config, path, arguments)
         with processes(config.compute.replicas) as joined:
-            trainer = Trainer(config, joined)
+            trainer = Trainer(config, joined, started)
             if joined.first:
                 write_config(config)
             trainer.run()

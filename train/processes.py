@@ -54,6 +54,21 @@ class Processes:
         self._agreeing = dist.all_reduce(self._flag, dist.ReduceOp.MAX, group=self.host_group, async_op=True)
         return agreed
 
+    def stop(self) -> None:
+        """As if this rank had been signalled."""
+        self._signalled = True
+
+    @contextmanager
+    def first_before_others(self) -> Iterator[None]:
+        """Rank 0 does what is inside while the others wait, then they."""
+        if not self.first:
+            self.barrier()
+        try:
+            yield
+        finally:
+            if self.first:
+                self.barrier()
+
     def barrier(self) -> None:
         dist.barrier(group=self.host_group)
 

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 def validate(trainer: Trainer) -> float:
     """Write ``validation/step-00001000.mp4`` on rank 0, while the others wait; the seconds it took."""
     before = time.perf_counter()
-    whole = averaged(trainer)
+    whole = averaged(trainer, trainer.dtype)
     if whole is not None:
         pipe = trainer.parts.pipeline(whole).to(trainer.processes.device)
         frames = sample(pipe, trainer.config.validation)
@@ -37,7 +37,7 @@ def validate(trainer: Trainer) -> float:
 
 
 @torch.no_grad()
-def averaged(trainer: Trainer) -> Denoiser | None:
+def averaged(trainer: Trainer, dtype: torch.dtype) -> Denoiser | None:
     """The model with the averaged weights, whole, on rank 0; None on the others."""
     average = {shard.name: local for shard, local in trainer.optimizer.tensors()["ema"]}
     values = {}
@@ -45,7 +45,7 @@ def averaged(trainer: Trainer) -> Denoiser | None:
         local = average.get(shard.name, shard.local)
         value = shard.whole(local, trainer.processes.mesh).full_tensor()  # a collective
         if trainer.processes.first:
-            values[shard.name] = value.to(trainer.dtype)
+            values[shard.name] = value.to(dtype)
     return assemble(trainer.model.unet.config, values) if trainer.processes.first else None
 
 
