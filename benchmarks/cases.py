@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 from benchmarks import (
     bench_dual_stream,
+    bench_geglu,
     bench_group_norm,
     bench_pyramid,
     bench_scaling,
@@ -18,6 +19,7 @@ from benchmarks.harness import Implementation, Problem
 BENCHES = (
     bench_temporal_conv,
     bench_group_norm,
+    bench_geglu,
     bench_temporal,
     bench_dual_stream,
     bench_pyramid,

@@ -20,6 +20,7 @@ MODULES = {
     "temporal_attn": "temporal",
     "temporal_conv": "temporal_conv",
     "group_norm_silu": "group_norm",
+    "geglu": "geglu",
 }
 
 # The same for whole models, of which only their own files count, not their operators'.

@@ -31,6 +31,7 @@ UNITS = {
     "temporal_attn": ("ms", "ms", "{:.3f}"),
     "temporal_conv": ("tflops", "TFLOP/s", "{:.0f}"),
     "group_norm_silu": ("gbs", "GB/s", "{:.0f}"),
+    "geglu": ("gbs", "GB/s", "{:.0f}"),
 }
 
 # Operators whose torch forward keeps no logsumexp, which the other backends' backwards read.

@@ -26,8 +26,10 @@ OPERATOR = {
     "conv-plain": "temporal_conv",
     "norm": "group_norm_silu",
     "norm-float32": "group_norm_silu",  # float32 affine parameters, no activation
+    "geglu": "geglu",
 }
-OPERATORS = ("pyramid", "pyramid_qkv", "temporal", "temporal_qkv", "dual", "conv", "norm")  # each one once
+OPERATORS = ("pyramid", "pyramid_qkv", "temporal", "temporal_qkv", "dual", "conv", "norm", "geglu")  # each one once
+KEEPS_DTYPE = ("norm", "norm-float32", "geglu")  # of x, under autocast too
 
 every_case = pytest.mark.parametrize("case", OPERATOR)
 every_operator = pytest.mark.parametrize("case", OPERATORS)
@@ -79,6 +81,8 @@ def arguments(case, seed=0, *, device="cpu", dtype=torch.float32, B=B, T=T, N=N,
         case "norm-float32":
             affine = each("weight bias", channels, dtype=torch.promote_types(dtype, torch.float32))
             return {"x": randn(B, N, channels), "num_groups": 2} | affine | {"eps": 1e-5, "silu": False}
+        case "geglu":
+            return {"x": randn(B, T, N, 2 * channels)}
 
 
 def leaves(inputs):
@@ -164,19 +168,19 @@ def check_compiled(case, backend, compiler, *, dynamic, expected, **options):
 
 
 def check_autocast(case, device, dtype, backend=None, **sizes):
-    """As if everything but gates had been cast by hand; norms as without autocast.
+    """As if everything but gates had been cast by hand; norms and GEGLU as without autocast.
 
     Gradients come in their inputs' dtypes. The backward may run outside of the block, or inside.
     """
     inputs = arguments(case, device=device, **sizes)
-    keeps = ["text_weight"] if "norm" not in case else list(inputs)
+    keeps = list(inputs) if case in KEEPS_DTYPE else ["text_weight"]
     cast = {
         name: x.to(dtype) if isinstance(x, Tensor) and x.is_floating_point() and name not in keeps else x
         for name, x in inputs.items()
     }
     results = differentiate(case, cast, backend=backend)
     expected = {name: x if name == "out" else x.to(inputs[name].dtype) for name, x in results.items()}
-    assert expected["out"].dtype == (torch.float32 if "norm" in case else dtype)
+    assert expected["out"].dtype == (torch.float32 if case in KEEPS_DTYPE else dtype)
     inputs = arguments(case, device=device, **sizes)
 
     def inside(inputs):

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from tests.calls import (
+    KEEPS_DTYPE,
     OPERATORS,
     apply,
     arguments,
@@ -22,7 +23,7 @@ def test_autocast(case, backend):
     check_autocast(case, "cpu", torch.bfloat16, backend)
 
 
-@pytest.mark.parametrize("case", [case for case in OPERATORS if "norm" not in case and "qkv" not in case])
+@pytest.mark.parametrize("case", [case for case in OPERATORS if case not in KEEPS_DTYPE and "qkv" not in case])
 def test_autocast_takes_mixed_dtypes(case):
     """A bfloat16 activation beside float32 parameters; without autocast that is an error, and float64 always is."""
     inputs = arguments(case)

@@ -48,6 +48,7 @@ def arguments(operator):
             "bias": randn(C),
             "eps": 1e-5,
         },
+        "geglu": lambda: {"x": randn(B, T, N, 2 * C)},
     }[operator]()
 
 
@@ -201,6 +202,7 @@ EMPTY_SHAPES = [  # T = 0, and other dimensions that may not be empty
     ("temporal_conv", "weight", (0, C, K)),
     ("temporal_conv", "weight", (C_OUT, C, 0)),
     ("group_norm_silu", "x", (B, N, 0)),
+    ("geglu", "x", (B, T, N, 0)),
 ]
 
 

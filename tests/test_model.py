@@ -185,7 +185,7 @@ def test_order_of_the_operators():
     with Operators() as ran:
         unet(x, t, *conditions, fps=8)
     block = ["group_norm_silu", "temporal_conv"] * 2  # with the time embedding after the first
-    attention = ["group_norm_silu", "pyramid_st_attn_qkv", "dual_stream_attn", "temporal_attn_qkv"]
+    attention = ["group_norm_silu", "pyramid_st_attn_qkv", "dual_stream_attn", "temporal_attn_qkv", "geglu"]
     order = [name.removeprefix("univid.") for name in ran.names if name.startswith("univid.")]
     outside, inside = block + attention, block
     assert order == outside + inside + block + attention + block + inside * 2 + outside * 2 + ["group_norm_silu"]

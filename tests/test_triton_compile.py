@@ -53,6 +53,10 @@ def _group_norm(channels: int, tokens: int) -> torch.Tensor:
     return ops.group_norm_silu(_leaf(2, tokens, channels), 32, *affine, 1e-5, **ON)
 
 
+def _geglu(channels: int) -> torch.Tensor:
+    return ops.geglu(_leaf(1, 8, 720, 2 * channels), **ON)
+
+
 # By name; D = 64 and channels of Stable Diffusion first, then what is padded or odd.
 CALLS: dict[str, Callable[[], torch.Tensor]] = {
     "pyramid-64": partial(_pyramid, 64, ReferenceFrames.pyramid(8, 3)),
@@ -71,6 +75,8 @@ CALLS: dict[str, Callable[[], torch.Tensor]] = {
     "temporal_conv-40": partial(_temporal_conv, 40),
     "group_norm-320": partial(_group_norm, 320, 2880),
     "group_norm-1280": partial(_group_norm, 1280, 45),
+    "geglu-1280": partial(_geglu, 1280),
+    "geglu-40": partial(_geglu, 40),
 }
 # Bytes of a thread's stack frame, where registers spill to. At 255 registers some invariants of a loop do.
 MAX_STACK = 448

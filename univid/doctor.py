@@ -159,6 +159,13 @@ def cases(device: torch.device, dtype: torch.dtype) -> list[Case]:
             {"num_groups": groups, "eps": 1e-5},
             lambda x, a: reference.group_norm_silu(x["x"], groups, x["weight"], x["bias"], 1e-5, True, a)[0],
         ),
+        Case(
+            "geglu",
+            f"B{clips} T{frames} N{tokens} C{4 * channels}",
+            {"x": make(clips, frames, tokens, 8 * channels)},
+            {},
+            lambda x, a: reference.geglu(x["x"], a),
+        ),
     ]
 
 

@@ -95,6 +95,12 @@ class TemporalConvCall(NamedTuple):
     residual: Tensor | None  # (B, T, N, C_out)
 
 
+class GegluCall(NamedTuple):
+    """``forward -> out`` (M, C); ``backward(call, grad, dx)``, grad (M, C)."""
+
+    x: Tensor  # (M, 2C): a and b
+
+
 class GroupNormSiluCall(NamedTuple):
     """``forward -> (out, mean, rstd)``; ``backward(call, grad, mean, rstd, dx, dweight, dbias)``.
 

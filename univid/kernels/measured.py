@@ -18,6 +18,7 @@ SIZES = {
     "temporal": ("frames",),
     "temporal_conv": ("channels", "taps", "epilogue"),
     "group_norm": ("tokens",),
+    "geglu": ("channels",),
 }
 
 

@@ -18,6 +18,7 @@ from univid.model.config import UNetConfig
 from univid.ops import (
     ReferenceFrames,
     dual_stream_attn,
+    geglu,
     group_norm_silu,
     pyramid_st_attn_qkv,
     temporal_attn_qkv,
@@ -192,7 +193,7 @@ class TransformerBlock(nn.Module):
         self.attn2 = DualStreamAttention(config, channels)
         self.attn_temporal = TemporalAttention(config, channels) if config.temporal_attention else None
         self.norm3 = nn.LayerNorm(channels)
-        self.ff = FeedForward(channels)
+        self.ff = FeedForward(config, channels)
 
     def forward(
         self,
@@ -298,22 +299,23 @@ class TemporalAttention(nn.Module):
 
 
 class FeedForward(nn.Module):
-    def __init__(self, channels: int):
+    def __init__(self, config: UNetConfig, channels: int):
         super().__init__()
-        self.net = nn.Sequential(GEGLU(channels, 4 * channels), nn.Identity(), nn.Linear(4 * channels, channels))
+        gated = GEGLU(config, channels, 4 * channels)
+        self.net = nn.Sequential(gated, nn.Identity(), nn.Linear(4 * channels, channels))
 
     def forward(self, x: Tensor) -> Tensor:
         return self.net(x)
 
 
 class GEGLU(nn.Module):
-    def __init__(self, in_channels: int, out_channels: int):
+    def __init__(self, config: UNetConfig, in_channels: int, out_channels: int):
         super().__init__()
         self.proj = nn.Linear(in_channels, 2 * out_channels)
+        self.backend = config.backend
 
     def forward(self, x: Tensor) -> Tensor:
-        x, gate = self.proj(x).chunk(2, dim=-1)
-        return x * F.gelu(gate)
+        return geglu(self.proj(x), backend=self.backend)
 
 
 # --- embeddings -------------------------------------------------------------------------------------------------------

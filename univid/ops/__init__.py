@@ -7,6 +7,7 @@ GPUs), or PyTorch. ``explain`` says which one would run a call, and why the fast
 from univid.ops.dispatch import BACKENDS
 from univid.ops.dual_stream import dual_stream_attn
 from univid.ops.explain import explain
+from univid.ops.geglu import geglu
 from univid.ops.group_norm import group_norm_silu
 from univid.ops.pyramid import pyramid_st_attn, pyramid_st_attn_qkv
 from univid.ops.reference_frames import ReferenceFrames
@@ -18,6 +19,7 @@ __all__ = [
     "ReferenceFrames",
     "dual_stream_attn",
     "explain",
+    "geglu",
     "group_norm_silu",
     "pyramid_st_attn",
     "pyramid_st_attn_qkv",

@@ -33,6 +33,7 @@ _SIZES: dict[str, Callable[[Any], dict[str, int | bool]]] = {
         "epilogue": call.bias is not None or call.residual is not None,
     },
     "group_norm": lambda call: {"tokens": call.x.shape[1]},
+    "geglu": lambda call: {"channels": call.x.shape[1] // 2},
 }
 
 

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from univid.kernels.calls import (
     DualStreamCall,
+    GegluCall,
     GroupNormSiluCall,
     PyramidCall,
     Stream,
@@ -215,6 +216,11 @@ def _group_norm_silu(call: GroupNormSiluCall) -> tuple[Tensor, Tensor, Tensor]:
     return out.to(call.x.dtype).contiguous(), mean.flatten(1), rstd.flatten(1)
 
 
+def _geglu(call: GegluCall) -> Tensor:
+    a, b = call.x.chunk(2, dim=-1)
+    return a * F.gelu(b)
+
+
 def _aligned(x: Tensor) -> Tensor:
     """``x``, copied where SDPA's kernels, which read 16 bytes at a time on a GPU, would not find it."""
     unit = 16 // x.element_size() or 1
@@ -255,6 +261,10 @@ def _reference_group_norm_silu(call: GroupNormSiluCall) -> tuple[Tensor, Tensor,
     return reference.group_norm_silu(*call)
 
 
+def _reference_geglu(call: GegluCall) -> Tensor:
+    return reference.geglu(*call)
+
+
 _QKV = ("q", "k", "v")
 _AFFINE = ("x", "weight", "bias")
 
@@ -265,6 +275,7 @@ BACKENDS = {
         "temporal": Eager(_temporal, _QKV),
         "temporal_conv": Eager(_temporal_conv, _AFFINE),
         "group_norm": Eager(_group_norm_silu, _AFFINE),
+        "geglu": Eager(_geglu, ("x",)),
     },
     "reference": {
         "pyramid": Eager(_reference_pyramid, _QKV),
@@ -272,5 +283,6 @@ BACKENDS = {
         "temporal": Eager(_reference_temporal, _QKV),
         "temporal_conv": Eager(_reference_temporal_conv, _AFFINE),
         "group_norm": Eager(_reference_group_norm_silu, _AFFINE),
+        "geglu": Eager(_reference_geglu, ("x",)),
     },
 }

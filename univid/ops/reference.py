@@ -96,6 +96,13 @@ def group_norm_silu(
     return out.to(x.dtype), mean.flatten(1), rstd.flatten(1)
 
 
+def geglu(x: Tensor, accumulate: torch.dtype | None = None) -> Tensor:
+    """a · b · Φ(b) of the halves (a, b) of x's last dimension."""
+    (x_,) = _promote(accumulate, x)
+    a, b = x_.chunk(2, dim=-1)
+    return (a * (b * (0.5 * (1 + (b * 0.5**0.5).erf())))).to(x.dtype)
+
+
 def _promote(accumulate: torch.dtype | None, *tensors: Tensor) -> tuple[Tensor, ...]:
     accumulate = accumulate or torch.promote_types(tensors[0].dtype, torch.float32)
     return tuple(t.to(accumulate) for t in tensors)
