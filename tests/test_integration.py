@@ -177,7 +177,9 @@ def test_gradients_nobody_asked_for(case, backend, runs):
         elif name != "qkv":
             (args,) = backward
             kind = case.split("-")[0]
-            first = {"pyramid": 4, "temporal": 3, "dual": 5, "conv": 2, "norm": 4, "geglu": 2}[kind]  # past call, grad, statistics
+            first = {"pyramid": 4, "temporal": 3, "dual": 5, "conv": 2, "norm": 4, "geglu": 2}[
+                kind
+            ]  # past call, grad, statistics
             assert sum(x is not None for x in slots(args[first:])) == 1
     inputs = arguments(case)
     runs.clear()
