@@ -4,9 +4,7 @@
   tap falls outside its clip is loaded as zeros, and taps that are outside for the whole tile are skipped. Bias and residual are added in
   the epilogue.
 * ``dx``: the same kernel on ``grad``, the weight transposed and its taps flipped.
-* ``dweight``: for each tap gradᵀ · shifted x, contracting over the rows at which both are inside, counted without gaps: it never meets a
-  frame of zeros.
-* ``dbias``: the column sums of ``grad``, in two passes.
+* ``dweight`` and ``dbias``: ``temporal_conv_bwd.py``.
 
 **Tiles.** BLOCK_M x (BLOCK_N + EXTRA_N) in float32 registers, two products a step where EXTRA_N > 0: so 320 channels are one tile of
 256 + 64, or two of 128 + 32, without waste. Steps of BLOCK_K channels (or rows) come through a pipeline of 3 or 4 shared-memory stages.
@@ -31,14 +29,14 @@ from univid.kernels.triton import launch
 from univid.kernels.triton.launch import Config, Tuned, cdiv
 
 _GROUP = tl.constexpr(8)  # tiles of rows that meet one tile of columns after another, sharing it in L2
-_STRIP = tl.constexpr(32)  # rows of a tile in pieces that one program adds up
+STRIP = tl.constexpr(32)  # rows of a tile in pieces that one program adds up
 
 
 # --- tiles: the first `whole` in one piece each, the others in `pieces` -----------------------------------------------------------
 
 
 @triton.jit
-def _piece(whole, pieces):
+def piece_of(whole, pieces):
     """This program's (tile, piece of it, pieces of it)."""
     program = tl.program_id(0)
     cut = tl.maximum(program - whole, 0)
@@ -57,25 +55,25 @@ def _grouped(tile, rows, columns):
 
 
 @triton.jit
-def _partial(ptr, index, row, START: tl.constexpr, SIZE: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+def partial_at(ptr, index, row, START: tl.constexpr, SIZE: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
     """Pointers to rows of a block of the partial tile ``index``: a partial tile has SIZE numbers, its block those from START on."""
     inside = (row + tl.arange(0, ROWS))[:, None] * COLUMNS + tl.arange(0, COLUMNS)[None, :]
     return ptr + index.to(tl.int64) * SIZE + START + inside
 
 
 @triton.jit
-def _sum_partials(
+def sum_partials(
     ptr, tile, pieces, row, START: tl.constexpr, SIZE: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr
 ):
     """Rows of the sum of a tile's partial tiles, added in order."""
     acc = tl.zeros((ROWS, COLUMNS), tl.float32)
     for piece in range(pieces):
-        acc += tl.load(_partial(ptr, tile * pieces + piece, row, START, SIZE, ROWS, COLUMNS))
+        acc += tl.load(partial_at(ptr, tile * pieces + piece, row, START, SIZE, ROWS, COLUMNS))
     return acc
 
 
 @triton.jit
-def _rows(row, strides, frames, tokens, ALIGN: tl.constexpr):
+def rows_at(row, strides, frames, tokens, ALIGN: tl.constexpr):
     """Offsets of rows (b, t, n) of a tensor whose strides but the last are a tuple."""
     frame = row // tokens
     at = (frame // frames).to(tl.int64) * strides[0] + (frame % frames).to(tl.int64) * strides[1]
@@ -114,9 +112,9 @@ def _emit(acc, row, o, epilogue, rows, frames, tokens, C_OUT: tl.constexpr, ALIG
     if bias_ptr is not None:
         acc += tl.load(bias_ptr + o * stride_bias, mask=o < C_OUT, other=0.0).to(tl.float32)[None, :]
     if residual_ptr is not None:
-        at = _rows(row, residual_strides, frames, tokens, ALIGN)[:, None] + o[None, :]
+        at = rows_at(row, residual_strides, frames, tokens, ALIGN)[:, None] + o[None, :]
         acc += tl.load(residual_ptr + at, mask=mask, other=0.0).to(tl.float32)
-    at = _rows(row, out_strides, frames, tokens, ALIGN)[:, None] + o[None, :]
+    at = rows_at(row, out_strides, frames, tokens, ALIGN)[:, None] + o[None, :]
     tl.store(out_ptr + at, acc.to(out_ptr.dtype.element_ty), mask=mask)
 
 
@@ -130,7 +128,7 @@ def _convolve(
     WIDTH: tl.constexpr = BLOCK_N + EXTRA_N
     SIZE: tl.constexpr = BLOCK_M * WIDTH
     C_STEPS: tl.constexpr = (C_IN + BLOCK_K - 1) // BLOCK_K
-    tile, piece, pieces = _piece(whole, pieces)
+    tile, piece, pieces = piece_of(whole, pieces)
     row_tile, column_tile = _grouped(tile, tl.cdiv(rows, BLOCK_M), (C_OUT + WIDTH - 1) // WIDTH)
     row = row_tile * BLOCK_M + tl.arange(0, BLOCK_M)
     o = column_tile * WIDTH + tl.arange(0, BLOCK_N)
@@ -139,7 +137,7 @@ def _convolve(
 
     # Rows past the last have a frame that no tap reaches.
     frame = tl.where(row < rows, row // tokens % frames, -TAPS)
-    x_rows = _rows(row, x_strides, frames, tokens, ALIGN)
+    x_rows = rows_at(row, x_strides, frames, tokens, ALIGN)
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     if EXTRA_N > 0:
         extra_o = column_tile * WIDTH + BLOCK_N + tl.arange(0, EXTRA_N)
@@ -165,9 +163,9 @@ def _convolve(
             _emit(extra, row, extra_o, epilogue, rows, frames, tokens, C_OUT, ALIGN)
     else:
         index = tl.program_id(0) - whole
-        tl.store(_partial(partial_ptr, index, 0, 0, SIZE, BLOCK_M, BLOCK_N), acc)
+        tl.store(partial_at(partial_ptr, index, 0, 0, SIZE, BLOCK_M, BLOCK_N), acc)
         if EXTRA_N > 0:
-            tl.store(_partial(partial_ptr, index, 0, BLOCK_M * BLOCK_N, SIZE, BLOCK_M, EXTRA_N), extra)
+            tl.store(partial_at(partial_ptr, index, 0, BLOCK_M * BLOCK_N, SIZE, BLOCK_M, EXTRA_N), extra)
 
 
 @triton.jit(do_not_specialize=["rows", "frames", "tokens", "whole", "pieces"])
@@ -178,142 +176,18 @@ def _finish_convolve(
 ):  # fmt: skip
     WIDTH: tl.constexpr = BLOCK_N + EXTRA_N
     SIZE: tl.constexpr = BLOCK_M * WIDTH
-    cut = tl.program_id(0) // (BLOCK_M // _STRIP)
-    inside = tl.program_id(0) % (BLOCK_M // _STRIP) * _STRIP
+    cut = tl.program_id(0) // (BLOCK_M // STRIP)
+    inside = tl.program_id(0) % (BLOCK_M // STRIP) * STRIP
     row_tile, column_tile = _grouped(whole + cut, tl.cdiv(rows, BLOCK_M), (C_OUT + WIDTH - 1) // WIDTH)
-    row = row_tile * BLOCK_M + inside + tl.arange(0, _STRIP)
+    row = row_tile * BLOCK_M + inside + tl.arange(0, STRIP)
     o = column_tile * WIDTH + tl.arange(0, BLOCK_N)
     epilogue = (bias_ptr, residual_ptr, out_ptr, stride_bias, residual_strides, out_strides)
-    acc = _sum_partials(partial_ptr, cut, pieces, inside, 0, SIZE, _STRIP, BLOCK_N)
+    acc = sum_partials(partial_ptr, cut, pieces, inside, 0, SIZE, STRIP, BLOCK_N)
     _emit(acc, row, o, epilogue, rows, frames, tokens, C_OUT, ALIGN)
     if EXTRA_N > 0:
         o = column_tile * WIDTH + BLOCK_N + tl.arange(0, EXTRA_N)
-        acc = _sum_partials(partial_ptr, cut, pieces, inside, BLOCK_M * BLOCK_N, SIZE, _STRIP, EXTRA_N)
+        acc = sum_partials(partial_ptr, cut, pieces, inside, BLOCK_M * BLOCK_N, SIZE, STRIP, EXTRA_N)
         _emit(acc, row, o, epilogue, rows, frames, tokens, C_OUT, ALIGN)
-
-
-# --- dweight: tiles of (C_out, C) for one tap after another -----------------------------------------------------------------------
-
-
-@triton.jit
-def _weight_tile(
-    tile, C_IN: tl.constexpr, C_OUT: tl.constexpr, BLOCK_M: tl.constexpr, WIDTH: tl.constexpr
-):  # fmt: skip
-    """(tap, first output channel, first channel) of a tile."""
-    ROWS: tl.constexpr = (C_OUT + BLOCK_M - 1) // BLOCK_M
-    COLUMNS: tl.constexpr = (C_IN + WIDTH - 1) // WIDTH
-    inside = tile % (ROWS * COLUMNS)
-    return tile // (ROWS * COLUMNS), inside // COLUMNS * BLOCK_M, inside % COLUMNS * WIDTH
-
-
-@triton.jit
-def _clip_rows(
-    start, strides, clip, frame, tokens, FLAT: tl.constexpr, ALIGN: tl.constexpr, ROWS: tl.constexpr
-):  # fmt: skip
-    """Offsets of ROWS rows (t, n) of a clip from the ``start``-th on, counted from a frame on."""
-    at = clip.to(tl.int64) * strides[0] + frame.to(tl.int64) * strides[1]
-    if FLAT:  # frames follow each other as rows do: no division in the loop
-        at = at + start.to(tl.int64) * strides[2] + tl.arange(0, ROWS) * strides[2]
-    else:
-        row = start + tl.arange(0, ROWS)
-        at = at + (row // tokens).to(tl.int64) * strides[1] + (row % tokens).to(tl.int64) * strides[2]
-    return tl.multiple_of(at, ALIGN)
-
-
-@triton.jit
-def _emit_weight(acc, dweight_ptr, strides, tap, o, c, C_IN: tl.constexpr, C_OUT: tl.constexpr):
-    at = dweight_ptr + tap * strides[2] + o[:, None] * strides[0] + c[None, :] * strides[1]
-    tl.store(at, acc.to(dweight_ptr.dtype.element_ty), mask=(o < C_OUT)[:, None] & (c < C_IN)[None, :])
-
-
-@triton.jit(do_not_specialize=["clips", "frames", "tokens", "whole", "pieces"])
-def _contract(
-    grad_ptr, x_ptr, dweight_ptr, partial_ptr,
-    grad_strides, x_strides, dweight_strides, clips, frames, tokens, whole, pieces,
-    TAPS: tl.constexpr, C_IN: tl.constexpr, C_OUT: tl.constexpr, FLAT: tl.constexpr, ALIGN: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, EXTRA_N: tl.constexpr, BLOCK_K: tl.constexpr,
-):  # fmt: skip
-    WIDTH: tl.constexpr = BLOCK_N + EXTRA_N
-    SIZE: tl.constexpr = BLOCK_M * WIDTH
-    tile, piece, pieces = _piece(whole, pieces)
-    tap, o_start, c_start = _weight_tile(tile, C_IN, C_OUT, BLOCK_M, WIDTH)
-    o = o_start + tl.arange(0, BLOCK_M)
-    c = c_start + tl.arange(0, BLOCK_N)
-
-    # Frame t of grad meets frame t + shift of x: so many rows of a clip, from these frames on. A step stays inside a clip.
-    shift = tap - TAPS // 2
-    rows = tl.maximum(frames - tl.abs(shift), 0) * tokens
-    grad_frame, x_frame = tl.maximum(-shift, 0), tl.maximum(shift, 0)
-    clip_steps = tl.cdiv(rows, BLOCK_K)
-    steps = clips * clip_steps
-    acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-    if EXTRA_N > 0:
-        extra_c = c_start + BLOCK_N + tl.arange(0, EXTRA_N)
-        extra = tl.zeros((BLOCK_M, EXTRA_N), tl.float32)
-    for step in range(steps * piece // pieces, steps * (piece + 1) // pieces):
-        clip = step // clip_steps
-        start = step % clip_steps * BLOCK_K
-        exists = (start + tl.arange(0, BLOCK_K) < rows)[:, None]
-        grad_at = _clip_rows(start, grad_strides, clip, grad_frame, tokens, FLAT, ALIGN, BLOCK_K)[:, None]
-        grad = tl.load(grad_ptr + grad_at + o[None, :], mask=exists & (o < C_OUT)[None, :], other=0.0)
-        x_at = _clip_rows(start, x_strides, clip, x_frame, tokens, FLAT, ALIGN, BLOCK_K)[:, None]
-        x = tl.load(x_ptr + x_at + c[None, :], mask=exists & (c < C_IN)[None, :], other=0.0)
-        acc = tl.dot(tl.trans(grad), x, acc, input_precision="ieee")
-        if EXTRA_N > 0:
-            x = tl.load(x_ptr + x_at + extra_c[None, :], mask=exists & (extra_c < C_IN)[None, :], other=0.0)
-            extra = tl.dot(tl.trans(grad), x, extra, input_precision="ieee")
-
-    if partial_ptr is None or pieces == 1:
-        _emit_weight(acc, dweight_ptr, dweight_strides, tap, o, c, C_IN, C_OUT)
-        if EXTRA_N > 0:
-            _emit_weight(extra, dweight_ptr, dweight_strides, tap, o, extra_c, C_IN, C_OUT)
-    else:
-        index = tl.program_id(0) - whole
-        tl.store(_partial(partial_ptr, index, 0, 0, SIZE, BLOCK_M, BLOCK_N), acc)
-        if EXTRA_N > 0:
-            tl.store(_partial(partial_ptr, index, 0, BLOCK_M * BLOCK_N, SIZE, BLOCK_M, EXTRA_N), extra)
-
-
-@triton.jit(do_not_specialize=["whole", "pieces"])
-def _finish_contract(
-    partial_ptr, dweight_ptr, dweight_strides, whole, pieces,
-    C_IN: tl.constexpr, C_OUT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, EXTRA_N: tl.constexpr,
-):  # fmt: skip
-    WIDTH: tl.constexpr = BLOCK_N + EXTRA_N
-    SIZE: tl.constexpr = BLOCK_M * WIDTH
-    cut = tl.program_id(0) // (BLOCK_M // _STRIP)
-    inside = tl.program_id(0) % (BLOCK_M // _STRIP) * _STRIP
-    tap, o_start, c_start = _weight_tile(whole + cut, C_IN, C_OUT, BLOCK_M, WIDTH)
-    o = o_start + inside + tl.arange(0, _STRIP)
-    c = c_start + tl.arange(0, BLOCK_N)
-    acc = _sum_partials(partial_ptr, cut, pieces, inside, 0, SIZE, _STRIP, BLOCK_N)
-    _emit_weight(acc, dweight_ptr, dweight_strides, tap, o, c, C_IN, C_OUT)
-    if EXTRA_N > 0:
-        c = c_start + BLOCK_N + tl.arange(0, EXTRA_N)
-        acc = _sum_partials(partial_ptr, cut, pieces, inside, BLOCK_M * BLOCK_N, SIZE, _STRIP, EXTRA_N)
-        _emit_weight(acc, dweight_ptr, dweight_strides, tap, o, c, C_IN, C_OUT)
-
-
-# --- dbias ------------------------------------------------------------------------------------------------------------------------
-
-
-@triton.jit(do_not_specialize=["rows", "frames", "tokens", "chunk"])
-def _column_sums(
-    in_ptr, out_ptr, in_strides, stride_chunk, stride_o, rows, frames, tokens, chunk,
-    C_OUT: tl.constexpr, ALIGN: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-):  # fmt: skip
-    """out[i, o]: the float32 sum over the i-th chunk of rows (b, t, n) of ``in``."""
-    COLUMNS: tl.constexpr = (C_OUT + BLOCK_N - 1) // BLOCK_N
-    index = tl.program_id(0) // COLUMNS
-    o = tl.program_id(0) % COLUMNS * BLOCK_N + tl.arange(0, BLOCK_N)
-    end = tl.minimum((index + 1) * chunk, rows)
-    acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-    for start in range(index * chunk, end, BLOCK_M):
-        row = start + tl.arange(0, BLOCK_M)
-        at = _rows(row, in_strides, frames, tokens, ALIGN)[:, None] + o[None, :]
-        acc += tl.load(in_ptr + at, mask=(row < end)[:, None] & (o < C_OUT)[None, :], other=0.0).to(tl.float32)
-    out_at = out_ptr + index * stride_chunk + o * stride_o
-    tl.store(out_at, tl.sum(acc, 0).to(out_ptr.dtype.element_ty), mask=o < C_OUT)
 
 
 # --- plans: which tile, and how the last wave is cut ------------------------------------------------------------------------------
@@ -366,7 +240,7 @@ def _cut(product: Product, rows: int, columns: int, depth: int) -> Cut:
     return min(cuts)
 
 
-def _configs(key: dict) -> list[Config]:
+def tile_configs(key: dict) -> list[Config]:
     """The three best tiles by the roofline, each with two choices of warps and stages."""
     product = Product(**key)
     if product.dtype == "fp32":
@@ -397,13 +271,13 @@ def _card(device: torch.device) -> tuple[int, int]:
     return getattr(card, "multi_processor_count", 64), getattr(card, "shared_memory_per_block_optin", 64 << 10)
 
 
-def _coarse(size: int) -> int:
+def coarse(size: int) -> int:
     """Up to the next number of four significant bits: a tuning pass for a sixteenth more or less of it would find the same."""
     low = max(size.bit_length() - 4, 0)
     return cdiv(size, 1 << low) << low
 
 
-class _Launches:
+class Launches:
     """What ``Tuned`` measures in place of one kernel: a product's kernel and, where tiles are cut, the sum of their pieces."""
 
     def __init__(self, kernel: Any, launch: Callable[..., None]):
@@ -417,14 +291,14 @@ class _Launches:
         return self.launch
 
 
-def _cut_launch(product: Product, like: Tensor, constants: dict[str, int]) -> tuple[Cut, Tensor | None, int]:
+def cut_launch(product: Product, like: Tensor, constants: dict[str, int]) -> tuple[Cut, Tensor | None, int]:
     """How tiles are cut, room for the pieces, and how many programs add them up."""
     rows, width = constants["BLOCK_M"], constants["BLOCK_N"] + constants["EXTRA_N"]
     cut = _cut(product, rows, width, constants["BLOCK_K"])
     if cut.cut == 0:
         return cut, None, 0
     partials = like.new_empty((cut.cut * cut.pieces, rows * width), dtype=torch.float32)
-    return cut, partials, cut.cut * rows // _STRIP.value
+    return cut, partials, cut.cut * rows // STRIP.value
 
 
 # --- the backend ------------------------------------------------------------------------------------------------------------------
@@ -443,12 +317,14 @@ def forward(call: TemporalConvCall) -> Tensor:
 def backward(
     call: TemporalConvCall, grad: Tensor, dx: Tensor | None, dweight: Tensor | None, dbias: Tensor | None
 ) -> None:
+    from univid.kernels.triton import temporal_conv_bwd  # here, because it builds on this file
+
     if dx is not None:
         _convolution(grad, call.weight, None, None, dx, transposed=True)
     if dweight is not None:
-        _contraction(grad, call.x, dweight)
+        temporal_conv_bwd.contraction(grad, call.x, dweight)
     if dbias is not None:
-        _sum_columns(grad, dbias)
+        temporal_conv_bwd.sum_columns(grad, dbias)
 
 
 def _convolution(
@@ -457,8 +333,8 @@ def _convolution(
     if weight.stride(1) != 1:
         weight = weight.transpose(1, 2).contiguous().transpose(1, 2)
     clips, frames, tokens, channels = x.shape
-    product = _product(x, clips * frames * tokens, out.shape[-1], 1, weight.shape[2] * channels)
-    key = product._replace(rows=_coarse(product.rows))._asdict()
+    product = product_of(x, clips * frames * tokens, out.shape[-1], 1, weight.shape[2] * channels)
+    key = product._replace(rows=coarse(product.rows))._asdict()
     _CONVOLVE(lambda _: (), x, weight, bias, residual, out, key=key, product=product, transposed=transposed)
 
 
@@ -467,13 +343,13 @@ def _launch_convolve(
     *, product: Product, transposed: bool, BLOCK_K: int, num_warps: int, num_stages: int, **tile: int,
 ) -> None:  # fmt: skip
     _, frames, tokens, channels = x.shape
-    cut, partials, sums = _cut_launch(product, x, tile | {"BLOCK_K": BLOCK_K})
+    cut, partials, sums = cut_launch(product, x, tile | {"BLOCK_K": BLOCK_K})
     sizes = (product.rows, frames, tokens, cut.whole, cut.pieces)
-    epilogue = (0 if bias is None else bias.stride(0), _strides(residual), _strides(out))
-    tile |= {"C_OUT": product.columns, "ALIGN": _align(x, residual, out, weight.transpose(1, 2))}
+    epilogue = (0 if bias is None else bias.stride(0), strides_of(residual), strides_of(out))
+    tile |= {"C_OUT": product.columns, "ALIGN": align_of(x, residual, out, weight.transpose(1, 2))}
     _convolve[(cut.whole + cut.cut * cut.pieces,)](
         *(x, weight, bias, residual, out, partials),
-        *(_strides(x), weight.stride(0), weight.stride(2), *epilogue, *sizes),
+        *(strides_of(x), weight.stride(0), weight.stride(2), *epilogue, *sizes),
         **tile | {"TAPS": weight.shape[2], "C_IN": channels, "TRANSPOSED": transposed, "BLOCK_K": BLOCK_K},
         num_warps=num_warps,
         num_stages=num_stages,
@@ -482,63 +358,19 @@ def _launch_convolve(
         _finish_convolve[(sums,)](partials, bias, residual, out, *epilogue, *sizes, **tile)
 
 
-def _contraction(grad: Tensor, x: Tensor, dweight: Tensor) -> None:
-    width, channels, taps = dweight.shape
-    product = _product(x, width, channels, taps, x.shape[0] * x.shape[1] * x.shape[2])
-    key = product._replace(depth=_coarse(product.depth))._asdict()
-    _CONTRACT(lambda _: (), grad, x, dweight, key=key, product=product)
+_CONVOLVE = Tuned(Launches(_convolve, _launch_convolve), tile_configs)
 
 
-def _launch_contract(
-    grad: Tensor, x: Tensor, dweight: Tensor,
-    *, product: Product, BLOCK_K: int, num_warps: int, num_stages: int, **tile: int,
-) -> None:  # fmt: skip
-    clips, frames, tokens, channels = x.shape
-    cut, partials, sums = _cut_launch(product, x, tile | {"BLOCK_K": BLOCK_K})
-    flat = all(tensor.stride(1) == tokens * tensor.stride(2) for tensor in (grad, x))
-    tile |= {"C_IN": channels, "C_OUT": product.rows}
-    _contract[(cut.whole + cut.cut * cut.pieces,)](
-        *(grad, x, dweight, partials, _strides(grad), _strides(x), dweight.stride()),
-        *(clips, frames, tokens, cut.whole, cut.pieces),
-        **tile | {"TAPS": product.layers, "FLAT": flat, "ALIGN": _align(grad, x), "BLOCK_K": BLOCK_K},
-        num_warps=num_warps,
-        num_stages=num_stages,
-    )
-    if partials is not None:
-        _finish_contract[(sums,)](partials, dweight, dweight.stride(), cut.whole, cut.pieces, **tile)
-
-
-_CONVOLVE = Tuned(_Launches(_convolve, _launch_convolve), _configs)
-_CONTRACT = Tuned(_Launches(_contract, _launch_contract), _configs)
-_COLUMN_SUMS = Tuned(_column_sums, lambda key: [Config({"BLOCK_M": 64, "BLOCK_N": 64}, num_warps=4, num_stages=1)])
-
-
-def _sum_columns(grad: Tensor, dbias: Tensor) -> None:
-    clips, frames, tokens, width = grad.shape
-    rows = clips * frames * tokens
-    chunk = max(64, cdiv(rows, 256))
-    partials = grad.new_empty((cdiv(rows, chunk), width), dtype=torch.float32)
-    constants: dict[str, Any] = {"key": {}, "C_OUT": width, "ALIGN": 8 if width % 8 == 0 and _align(grad) == 8 else 1}
-
-    def grid(chunks: int) -> Callable[[dict], tuple[int, int, int]]:
-        return lambda constants: (chunks * cdiv(width, constants["BLOCK_N"]), 1, 1)
-
-    sizes = (rows, frames, tokens, chunk)
-    _COLUMN_SUMS(grid(len(partials)), grad, partials, _strides(grad), width, 1, *sizes, **constants)
-    sizes = (len(partials), 1, len(partials), len(partials))
-    _COLUMN_SUMS(grid(1), partials, dbias, (0, 0, width), 0, dbias.stride(0), *sizes, **constants)
-
-
-def _product(x: Tensor, rows: int, columns: int, layers: int, depth: int) -> Product:
+def product_of(x: Tensor, rows: int, columns: int, layers: int, depth: int) -> Product:
     return Product(launch.DTYPES[x.dtype], rows, columns, layers, depth, *_card(x.device))
 
 
-def _strides(tensor: Tensor | None) -> tuple[int, ...]:
+def strides_of(tensor: Tensor | None) -> tuple[int, ...]:
     """The strides but the last, which is 1."""
     return (0, 0, 0) if tensor is None else tensor.stride()[:3]
 
 
-def _align(*tensors: Tensor | None) -> int:
+def align_of(*tensors: Tensor | None) -> int:
     """8 where all strides but the last are multiples of 8 numbers (16 bytes in 16 bits), else 1."""
     strides = [stride for tensor in tensors if tensor is not None for stride in tensor.stride()[:-1]]
     return 1 if any(stride % 8 for stride in strides) else 8
