@@ -1,21 +1,17 @@
 """GroupNorm over channels-last (M, N, C), per M and group of C / G neighbouring channels, with SiLU fused.
 
 Tiles are rows x channels as they lie in memory: a group's width, mostly no power of two (320 / 32 = 10), never shapes a load. Sums over
-rows are taken per channel; a group's follow from its channels'.
+rows are taken per channel; a group's follow from its channels'. The backward (``group_norm_bwd.py``) is made of the same parts.
 
-**Slabs that fit on chip** (all N rows of a few groups, in runs of at least 64 bytes; 32 KiB in the forward, 16 KiB of x and of grad in
-the backward, so that two or three share an SM, and at most 40% of it padding): one program a slab, one read and one write. A one-hot
-matrix sums channels to groups.
+**Slabs that fit on chip** (all N rows of a few groups, in runs of at least 64 bytes; 32 KiB, so that two or three share an SM, and at
+most 40% of it padding): one program a slab, one read and one write. A one-hot matrix sums channels to groups.
 
 **Other slabs** in parts of rows x 32 to 128 channels, whatever groups those meet. x is read twice:
-1. every chunk of rows leaves, per channel, its first number m and the sums of x − m and (x − m)² (forward), or the sums of dz and dz·x̂
-   (backward): added up in registers, step by step, for a reduction over threads costs more than the loads of its tile;
+1. every chunk of rows leaves, per channel, its first number m and the sums of x − m and (x − m)²: added up in registers, step by step,
+   for a reduction over threads costs more than the loads of its tile;
 2. a small kernel merges those per group in a fixed order, the first numbers first, so that nothing cancels (Chan, Golub and LeVeque 1983);
 3. every part is normalised, the last ones first: they are still in L2.
-The weight's and the bias's gradients add step 2's channel sums over M. Parts are many and independent, so that other programs hide a
-program's loads.
-
-With z = x̂·weight + bias and dz its gradient: dx = rstd·(dz·weight − mean(dz·weight) − x̂·mean(dz·weight·x̂)).
+Parts are many and independent, so that other programs hide a program's loads.
 """
 
 from collections.abc import Callable
@@ -31,47 +27,35 @@ from univid.kernels.calls import GroupNormSiluCall
 from univid.kernels.triton import launch
 from univid.kernels.triton.launch import Config, Tuned, cdiv, next_power_of_2
 
-_SLAB_BYTES, _SLAB_BYTES_BACKWARD = 32 << 10, 16 << 10
-_LOG2E = tl.constexpr(1.4426950408889634)
+_SLAB_BYTES = 32 << 10
+LOG2E = tl.constexpr(1.4426950408889634)
 
 
 # --- tiles ------------------------------------------------------------------------------------------------------------------------
 
 
 @triton.jit
-def _tile(ptr, m, n, c, strides, ALIGN: tl.constexpr):
+def tile_at(ptr, m, n, c, strides, ALIGN: tl.constexpr):
     """Pointers to the tile n x c of m, in a tensor whose strides but the last are a tuple."""
     row = m.to(tl.int64) * strides[0] + n.to(tl.int64) * strides[1]
     return ptr + tl.multiple_of(row, ALIGN)[:, None] + c[None, :]
 
 
 @triton.jit
-def _per_channel(ptr, c, stride, mask):
+def per_channel(ptr, c, stride, mask):
     return tl.load(ptr + c * stride, mask=mask, other=0.0).to(tl.float32)
 
 
 @triton.jit
 def _activate(z, SILU: tl.constexpr):
-    return z / (1.0 + tl.exp2(z * -_LOG2E)) if SILU else z
-
-
-@triton.jit
-def _gradient(x, grad, mean, rstd, weight, bias, SILU: tl.constexpr):
-    """(x̂, the gradient of z) for tiles x and grad and values of their channels."""
-    x_hat = (x.to(tl.float32) - mean[None, :]) * rstd[None, :]
-    dz = grad.to(tl.float32)
-    if SILU:
-        z = x_hat * weight[None, :] + bias[None, :]
-        gate = 1.0 / (1.0 + tl.exp2(z * -_LOG2E))
-        dz *= gate * (1.0 + z * (1.0 - gate))
-    return x_hat, dz
+    return z / (1.0 + tl.exp2(z * -LOG2E)) if SILU else z
 
 
 # --- slabs: all rows of GROUPS groups ---------------------------------------------------------------------------------------------
 
 
 @triton.jit
-def _slab(num_groups, rows, WIDTH: tl.constexpr, GROUPS: tl.constexpr, COLUMNS: tl.constexpr, ROWS: tl.constexpr):
+def slab_of(num_groups, rows, WIDTH: tl.constexpr, GROUPS: tl.constexpr, COLUMNS: tl.constexpr, ROWS: tl.constexpr):
     """This program's (m, first group), rows, channels, which channels and numbers exist, and which group a channel is of."""
     slabs = tl.cdiv(num_groups, GROUPS)
     m = tl.program_id(0) // slabs
@@ -83,14 +67,14 @@ def _slab(num_groups, rows, WIDTH: tl.constexpr, GROUPS: tl.constexpr, COLUMNS: 
 
 
 @triton.jit
-def _gather(values, member, GROUPS: tl.constexpr):
+def gather(values, member, GROUPS: tl.constexpr):
     """The sum of each group's channels."""
     one_hot = member[:, None] == tl.arange(0, GROUPS)[None, :]
     return tl.sum(tl.where(one_hot, values[:, None], 0.0), 0)
 
 
 @triton.jit
-def _spread(values, member, GROUPS: tl.constexpr):
+def spread(values, member, GROUPS: tl.constexpr):
     """Each channel's group's value."""
     one_hot = member[:, None] == tl.arange(0, GROUPS)[None, :]
     return tl.sum(tl.where(one_hot, values[None, :], 0.0), 1)
@@ -103,13 +87,13 @@ def _forward_slab(
     WIDTH: tl.constexpr, SILU: tl.constexpr, ALIGN: tl.constexpr,
     GROUPS: tl.constexpr, SLOTS: tl.constexpr, COLUMNS: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
-    m, first, n, c, has_c, mask, member = _slab(num_groups, rows, WIDTH, GROUPS, COLUMNS, ROWS)
-    x = tl.load(_tile(x_ptr, m, n, c, x_strides, ALIGN), mask=mask, other=0.0).to(tl.float32)
+    m, first, n, c, has_c, mask, member = slab_of(num_groups, rows, WIDTH, GROUPS, COLUMNS, ROWS)
+    x = tl.load(tile_at(x_ptr, m, n, c, x_strides, ALIGN), mask=mask, other=0.0).to(tl.float32)
     count = (rows * WIDTH).to(tl.float32)
-    mean = _gather(tl.sum(x, 0), member, SLOTS) / count
-    centred = tl.where(mask, x - _spread(mean, member, SLOTS)[None, :], 0.0)
-    drift = _gather(tl.sum(centred, 0), member, SLOTS) / count  # what the sum of large numbers lost
-    variance = _gather(tl.sum(centred * centred, 0), member, SLOTS) / count - drift * drift
+    mean = gather(tl.sum(x, 0), member, SLOTS) / count
+    centred = tl.where(mask, x - spread(mean, member, SLOTS)[None, :], 0.0)
+    drift = gather(tl.sum(centred, 0), member, SLOTS) / count  # what the sum of large numbers lost
+    variance = gather(tl.sum(centred * centred, 0), member, SLOTS) / count - drift * drift
     mean += drift
     rstd = tl.rsqrt(variance + eps)
     group = first + tl.arange(0, SLOTS)
@@ -117,46 +101,19 @@ def _forward_slab(
     tl.store(mean_ptr + m * num_groups + group, mean, mask=has_group)
     tl.store(rstd_ptr + m * num_groups + group, rstd, mask=has_group)
 
-    scale = _spread(rstd, member, SLOTS) * _per_channel(weight_ptr, c, stride_weight, has_c)
-    bias = _per_channel(bias_ptr, c, stride_bias, has_c)
-    out = (x - _spread(mean, member, SLOTS)[None, :]) * scale[None, :] + bias[None, :]
-    tl.store(_tile(out_ptr, m, n, c, out_strides, ALIGN), _activate(out, SILU).to(out_ptr.dtype.element_ty), mask=mask)
-
-
-@triton.jit(do_not_specialize=["rows", "num_groups"])
-def _backward_slab(
-    x_ptr, grad_ptr, mean_ptr, rstd_ptr, weight_ptr, bias_ptr, dx_ptr, sums_ptr,
-    x_strides, grad_strides, dx_strides, stride_weight, stride_bias, rows, num_groups,
-    WIDTH: tl.constexpr, SILU: tl.constexpr, ALIGN: tl.constexpr,
-    GROUPS: tl.constexpr, SLOTS: tl.constexpr, COLUMNS: tl.constexpr, ROWS: tl.constexpr,
-):  # fmt: skip
-    m, _, n, c, has_c, mask, member = _slab(num_groups, rows, WIDTH, GROUPS, COLUMNS, ROWS)
-    x = tl.load(_tile(x_ptr, m, n, c, x_strides, ALIGN), mask=mask, other=0.0)
-    grad = tl.load(_tile(grad_ptr, m, n, c, grad_strides, ALIGN), mask=mask, other=0.0)
-    mean = tl.load(mean_ptr + m * num_groups + c // WIDTH, mask=has_c, other=0.0)
-    rstd = tl.load(rstd_ptr + m * num_groups + c // WIDTH, mask=has_c, other=0.0)
-    weight = _per_channel(weight_ptr, c, stride_weight, has_c)
-    bias = _per_channel(bias_ptr, c, stride_bias, has_c)
-
-    x_hat, dz = _gradient(x, grad, mean, rstd, weight, bias, SILU)  # dz = 0 where there is no x
-    dz_sum, dz_x_sum = tl.sum(dz, 0), tl.sum(dz * x_hat, 0)
-    if sums_ptr is not None:
-        at = sums_ptr + m.to(tl.int64) * 2 * num_groups * WIDTH + c
-        tl.store(at, dz_sum, mask=has_c)
-        tl.store(at + num_groups * WIDTH, dz_x_sum, mask=has_c)
-    if dx_ptr is not None:
-        count = (rows * WIDTH).to(tl.float32)
-        shift = _spread(_gather(dz_sum * weight, member, SLOTS) / count, member, SLOTS)
-        slope = _spread(_gather(dz_x_sum * weight, member, SLOTS) / count, member, SLOTS)
-        dx = rstd[None, :] * (dz * weight[None, :] - shift[None, :] - x_hat * slope[None, :])
-        tl.store(_tile(dx_ptr, m, n, c, dx_strides, ALIGN), dx.to(dx_ptr.dtype.element_ty), mask=mask)
+    scale = spread(rstd, member, SLOTS) * per_channel(weight_ptr, c, stride_weight, has_c)
+    bias = per_channel(bias_ptr, c, stride_bias, has_c)
+    out = (x - spread(mean, member, SLOTS)[None, :]) * scale[None, :] + bias[None, :]
+    tl.store(
+        tile_at(out_ptr, m, n, c, out_strides, ALIGN), _activate(out, SILU).to(out_ptr.dtype.element_ty), mask=mask
+    )
 
 
 # --- parts: ROWS rows x COLUMNS channels of one m ---------------------------------------------------------------------------------
 
 
 @triton.jit
-def _part(part, rows, CHANNELS: tl.constexpr, COLUMNS: tl.constexpr, ROWS: tl.constexpr):
+def part_of(part, rows, CHANNELS: tl.constexpr, COLUMNS: tl.constexpr, ROWS: tl.constexpr):
     """(m, chunk of rows, chunks), the part's rows and channels, and which channels and numbers exist."""
     BLOCKS: tl.constexpr = (CHANNELS + COLUMNS - 1) // COLUMNS
     chunks = tl.cdiv(rows, ROWS)
@@ -172,7 +129,7 @@ def _moments(
     CHANNELS: tl.constexpr, ALIGN: tl.constexpr, COLUMNS: tl.constexpr, ROWS: tl.constexpr, STEP: tl.constexpr,
 ):  # fmt: skip
     """Step 1 of the forward: (M, chunks, 3, C) first numbers m and sums of x - m and (x - m)²."""
-    m, chunk, chunks, _, c, has_c, _ = _part(tl.program_id(0), rows, CHANNELS, COLUMNS, ROWS)
+    m, chunk, chunks, _, c, has_c, _ = part_of(tl.program_id(0), rows, CHANNELS, COLUMNS, ROWS)
     first = chunk * ROWS
     base = tl.load(x_ptr + m.to(tl.int64) * x_strides[0] + first.to(tl.int64) * x_strides[1] + c, mask=has_c, other=0.0)
     base = base.to(tl.float32)
@@ -181,7 +138,7 @@ def _moments(
     for step in tl.static_range(0, ROWS, STEP):
         n = first + step + tl.arange(0, STEP)
         mask = (n < rows)[:, None] & has_c[None, :]
-        x = tl.load(_tile(x_ptr, m, n, c, x_strides, ALIGN), mask=mask, other=0.0).to(tl.float32)
+        x = tl.load(tile_at(x_ptr, m, n, c, x_strides, ALIGN), mask=mask, other=0.0).to(tl.float32)
         off = tl.where(mask, x - base[None, :], 0.0)
         sums += off
         squares += off * off
@@ -239,130 +196,14 @@ def _normalize(
 ):  # fmt: skip
     """Step 3 of the forward."""
     part = tl.num_programs(0) - 1 - tl.program_id(0)
-    m, _, _, n, c, has_c, mask = _part(part, rows, CHANNELS, COLUMNS, ROWS)
-    x = tl.load(_tile(x_ptr, m, n, c, x_strides, ALIGN), mask=mask, other=0.0).to(tl.float32)
+    m, _, _, n, c, has_c, mask = part_of(part, rows, CHANNELS, COLUMNS, ROWS)
+    x = tl.load(tile_at(x_ptr, m, n, c, x_strides, ALIGN), mask=mask, other=0.0).to(tl.float32)
     group = m * (CHANNELS // WIDTH) + c // WIDTH
     mean = tl.load(mean_ptr + group, mask=has_c, other=0.0)
-    scale = tl.load(rstd_ptr + group, mask=has_c, other=0.0) * _per_channel(weight_ptr, c, stride_weight, has_c)
-    bias = _per_channel(bias_ptr, c, stride_bias, has_c)
+    scale = tl.load(rstd_ptr + group, mask=has_c, other=0.0) * per_channel(weight_ptr, c, stride_weight, has_c)
+    bias = per_channel(bias_ptr, c, stride_bias, has_c)
     out = _activate((x - mean[None, :]) * scale[None, :] + bias[None, :], SILU)
-    tl.store(_tile(out_ptr, m, n, c, out_strides, ALIGN), out.to(out_ptr.dtype.element_ty), mask=mask)
-
-
-@triton.jit
-def _affine(
-    m, c, has_c, mean_ptr, rstd_ptr, weight_ptr, bias_ptr, stride_weight, stride_bias,
-    WIDTH: tl.constexpr, CHANNELS: tl.constexpr,
-):  # fmt: skip
-    """Mean, rstd, weight and bias of channels."""
-    group = m * (CHANNELS // WIDTH) + c // WIDTH
-    mean = tl.load(mean_ptr + group, mask=has_c, other=0.0)
-    rstd = tl.load(rstd_ptr + group, mask=has_c, other=0.0)
-    weight = _per_channel(weight_ptr, c, stride_weight, has_c)
-    return mean, rstd, weight, _per_channel(bias_ptr, c, stride_bias, has_c)
-
-
-@triton.jit(do_not_specialize=["rows"])
-def _gradient_sums(
-    x_ptr, grad_ptr, mean_ptr, rstd_ptr, weight_ptr, bias_ptr, sums_ptr,
-    x_strides, grad_strides, stride_weight, stride_bias, rows,
-    WIDTH: tl.constexpr, CHANNELS: tl.constexpr, SILU: tl.constexpr, ALIGN: tl.constexpr,
-    COLUMNS: tl.constexpr, ROWS: tl.constexpr, STEP: tl.constexpr,
-):  # fmt: skip
-    """Step 1 of the backward: (M, chunks, 2, C) sums of dz and of dz·x̂."""
-    m, chunk, chunks, _, c, has_c, _ = _part(tl.program_id(0), rows, CHANNELS, COLUMNS, ROWS)
-    mean, rstd, weight, bias = _affine(
-        m, c, has_c, mean_ptr, rstd_ptr, weight_ptr, bias_ptr, stride_weight, stride_bias, WIDTH, CHANNELS
-    )
-    dz_sum = tl.zeros((STEP, COLUMNS), tl.float32)
-    dz_x_sum = tl.zeros((STEP, COLUMNS), tl.float32)
-    for step in tl.static_range(0, ROWS, STEP):
-        n = chunk * ROWS + step + tl.arange(0, STEP)
-        mask = (n < rows)[:, None] & has_c[None, :]
-        x = tl.load(_tile(x_ptr, m, n, c, x_strides, ALIGN), mask=mask, other=0.0)
-        grad = tl.load(_tile(grad_ptr, m, n, c, grad_strides, ALIGN), mask=mask, other=0.0)
-        x_hat, dz = _gradient(x, grad, mean, rstd, weight, bias, SILU)  # dz = 0 where there is no x
-        dz_sum += dz
-        dz_x_sum += dz * x_hat
-    at = sums_ptr + (m.to(tl.int64) * chunks + chunk) * 2 * CHANNELS + c
-    tl.store(at, tl.sum(dz_sum, 0), mask=has_c)
-    tl.store(at + CHANNELS, tl.sum(dz_x_sum, 0), mask=has_c)
-
-
-@triton.jit(do_not_specialize=["chunks", "num_groups", "count"])
-def _merge_sums(
-    parts_ptr, weight_ptr, sums_ptr, means_ptr, stride_weight, chunks, num_groups, count,
-    WIDTH: tl.constexpr, SLOTS: tl.constexpr, CHUNKS: tl.constexpr,
-):  # fmt: skip
-    """Step 2 of the backward, one group of one m a program: (M, 2, C) sums, and their weighted means per group (M, G, 2)."""
-    m, group = tl.program_id(0) // num_groups, tl.program_id(0) % num_groups
-    channels = num_groups * WIDTH
-    column = tl.arange(0, SLOTS)
-    c = group * WIDTH + column
-    parts_ptr += m.to(tl.int64) * chunks * 2 * channels
-    dz = tl.zeros((CHUNKS, SLOTS), tl.float32)
-    dz_x = tl.zeros((CHUNKS, SLOTS), tl.float32)
-    for start in range(0, chunks, CHUNKS):
-        chunk = start + tl.arange(0, CHUNKS)
-        mask = (chunk < chunks)[:, None] & (column < WIDTH)[None, :]
-        at = parts_ptr + chunk.to(tl.int64)[:, None] * 2 * channels + c[None, :]
-        dz += tl.load(at, mask=mask, other=0.0)
-        dz_x += tl.load(at + channels, mask=mask, other=0.0)
-    dz_sum, dz_x_sum = tl.sum(dz, 0), tl.sum(dz_x, 0)
-    at = sums_ptr + m.to(tl.int64) * 2 * channels + c
-    tl.store(at, dz_sum, mask=column < WIDTH)
-    tl.store(at + channels, dz_x_sum, mask=column < WIDTH)
-    weight = _per_channel(weight_ptr, c, stride_weight, column < WIDTH)
-    tl.store(means_ptr + tl.program_id(0) * 2, tl.sum(dz_sum * weight) / count)
-    tl.store(means_ptr + tl.program_id(0) * 2 + 1, tl.sum(dz_x_sum * weight) / count)
-
-
-@triton.jit(do_not_specialize=["rows"])
-def _input_gradient(
-    x_ptr, grad_ptr, mean_ptr, rstd_ptr, weight_ptr, bias_ptr, means_ptr, dx_ptr,
-    x_strides, grad_strides, dx_strides, stride_weight, stride_bias, rows,
-    WIDTH: tl.constexpr, CHANNELS: tl.constexpr, SILU: tl.constexpr, ALIGN: tl.constexpr,
-    COLUMNS: tl.constexpr, ROWS: tl.constexpr,
-):  # fmt: skip
-    """Step 3 of the backward."""
-    part = tl.num_programs(0) - 1 - tl.program_id(0)
-    m, _, _, n, c, has_c, mask = _part(part, rows, CHANNELS, COLUMNS, ROWS)
-    x = tl.load(_tile(x_ptr, m, n, c, x_strides, ALIGN), mask=mask, other=0.0)
-    grad = tl.load(_tile(grad_ptr, m, n, c, grad_strides, ALIGN), mask=mask, other=0.0)
-    mean, rstd, weight, bias = _affine(
-        m, c, has_c, mean_ptr, rstd_ptr, weight_ptr, bias_ptr, stride_weight, stride_bias, WIDTH, CHANNELS
-    )
-    x_hat, dz = _gradient(x, grad, mean, rstd, weight, bias, SILU)
-    means_at = means_ptr + (m * (CHANNELS // WIDTH) + c // WIDTH) * 2
-    shift = tl.load(means_at, mask=has_c, other=0.0)
-    slope = tl.load(means_at + 1, mask=has_c, other=0.0)
-    dx = rstd[None, :] * (dz * weight[None, :] - shift[None, :] - x_hat * slope[None, :])
-    tl.store(_tile(dx_ptr, m, n, c, dx_strides, ALIGN), dx.to(dx_ptr.dtype.element_ty), mask=mask)
-
-
-@triton.jit(do_not_specialize=["images"])
-def _affine_gradients(
-    sums_ptr, dweight_ptr, dbias_ptr, stride_dweight, stride_dbias, images,
-    CHANNELS: tl.constexpr, COLUMNS: tl.constexpr, ROWS: tl.constexpr,
-):  # fmt: skip
-    """dweight and dbias: sums over m of the (M, 2, C) sums of dz and of dz·x̂."""
-    c = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
-    dbias = tl.zeros((ROWS, COLUMNS), tl.float32)
-    dweight = tl.zeros((ROWS, COLUMNS), tl.float32)
-    for start in range(0, images, ROWS):
-        m = start + tl.arange(0, ROWS)
-        mask = (m < images)[:, None] & (c < CHANNELS)[None, :]
-        at = sums_ptr + m.to(tl.int64)[:, None] * 2 * CHANNELS + c[None, :]
-        if dbias_ptr is not None:
-            dbias += tl.load(at, mask=mask, other=0.0)
-        if dweight_ptr is not None:
-            dweight += tl.load(at + CHANNELS, mask=mask, other=0.0)
-    if dbias_ptr is not None:
-        tl.store(dbias_ptr + c * stride_dbias, tl.sum(dbias, 0).to(dbias_ptr.dtype.element_ty), mask=c < CHANNELS)
-    if dweight_ptr is not None:
-        tl.store(
-            dweight_ptr + c * stride_dweight, tl.sum(dweight, 0).to(dweight_ptr.dtype.element_ty), mask=c < CHANNELS
-        )
+    tl.store(tile_at(out_ptr, m, n, c, out_strides, ALIGN), out.to(out_ptr.dtype.element_ty), mask=mask)
 
 
 # --- launches ---------------------------------------------------------------------------------------------------------------------
@@ -382,7 +223,7 @@ class Slab(NamedTuple):
         return {"GROUPS": self.groups, "SLOTS": self.slots, "COLUMNS": self.columns, "ROWS": self.rows}
 
 
-def _fitting_slab(call: GroupNormSiluCall, max_bytes: int) -> Slab | None:
+def fitting_slab(call: GroupNormSiluCall, max_bytes: int) -> Slab | None:
     """The slab in aligned runs of up to 512 bytes that pads the least, if one fits in ``max_bytes``."""
     _, tokens, channels = call.x.shape
     return _best_slab(tokens, channels, call.num_groups, call.x.element_size(), max_bytes)
@@ -409,16 +250,16 @@ def _best_slab(tokens: int, channels: int, num_groups: int, itemsize: int, max_b
     return Slab(groups, next_power_of_2(groups), columns, rows, warps)
 
 
-def _slab_configs(key: dict) -> list[Config]:
+def slab_configs(key: dict) -> list[Config]:
     slab = key["slab"]
     warps = [slab.warps] + [w for w in (slab.warps // 2, slab.warps * 2) if 1 <= w <= 16]
     return [Config(slab.constants, num_warps=w, num_stages=1) for w in warps]
 
 
-_CHUNK, _CHUNK_BACKWARD = 256, 128  # rows that one program adds up
+_CHUNK = 256  # rows that one program adds up
 
 
-def _tiles(*tiles: tuple[int, int, int], rows: str = "ROWS") -> Callable[[dict], list[Config]]:
+def part_configs(*tiles: tuple[int, int, int], rows: str = "ROWS") -> Callable[[dict], list[Config]]:
     """Configurations of (rows, channels, warps), without those that are mostly padding where channels are few."""
 
     def configs(key: dict) -> list[Config]:
@@ -428,19 +269,14 @@ def _tiles(*tiles: tuple[int, int, int], rows: str = "ROWS") -> Callable[[dict],
     return configs
 
 
-def _merge_configs(key: dict) -> list[Config]:
+def merge_configs(key: dict) -> list[Config]:
     return [Config({"CHUNKS": 32}, num_warps=4 if key["width"] > 32 else 1, num_stages=1)]
 
 
-_FORWARD_SLAB = Tuned(_forward_slab, _slab_configs)
-_BACKWARD_SLAB = Tuned(_backward_slab, _slab_configs)
-_MOMENTS = Tuned(_moments, _tiles((32, 64, 2), (64, 64, 4), (16, 64, 2), rows="STEP"))
-_MERGE_MOMENTS = Tuned(_merge_moments, _merge_configs)
-_NORMALIZE = Tuned(_normalize, _tiles((64, 64, 2), (32, 128, 8), (128, 64, 8), (32, 64, 4)))
-_GRADIENT_SUMS = Tuned(_gradient_sums, _tiles((32, 64, 4), (64, 32, 4), (64, 64, 8), rows="STEP"))
-_MERGE_SUMS = Tuned(_merge_sums, _merge_configs)
-_INPUT_GRADIENT = Tuned(_input_gradient, _tiles((16, 64, 2), (16, 128, 4), (64, 64, 4), (128, 32, 4)))
-_AFFINE_GRADIENTS = Tuned(_affine_gradients, lambda _: [Config({"COLUMNS": 32, "ROWS": 64}, num_warps=4, num_stages=1)])
+_FORWARD_SLAB = Tuned(_forward_slab, slab_configs)
+_MOMENTS = Tuned(_moments, part_configs((32, 64, 2), (64, 64, 4), (16, 64, 2), rows="STEP"))
+_MERGE_MOMENTS = Tuned(_merge_moments, merge_configs)
+_NORMALIZE = Tuned(_normalize, part_configs((64, 64, 2), (32, 128, 8), (128, 64, 8), (32, 64, 4)))
 
 
 # --- the backend ------------------------------------------------------------------------------------------------------------------
@@ -457,10 +293,10 @@ def forward(call: GroupNormSiluCall) -> tuple[Tensor, Tensor, Tensor]:
     mean, rstd = (x.new_empty((images, num_groups), dtype=torch.float32) for _ in range(2))
     width = channels // num_groups
     key: dict[str, Any] = {"dtype": launch.DTYPES[x.dtype], "C": channels, "width": width}
-    constants: dict[str, Any] = {"WIDTH": width, "SILU": call.silu, "ALIGN": _align(x, out)}
+    constants: dict[str, Any] = {"WIDTH": width, "SILU": call.silu, "ALIGN": align_of(x, out)}
     affine = (call.weight.stride(0), call.bias.stride(0))
-    ends = (_strides(x), _strides(out), *affine, rows)
-    slab = _fitting_slab(call, _SLAB_BYTES)
+    ends = (strides_of(x), strides_of(out), *affine, rows)
+    slab = fitting_slab(call, _SLAB_BYTES)
     if slab is not None:
         grid = (images * cdiv(num_groups, slab.groups), 1, 1)
         tensors = (x, call.weight, call.bias, out, mean, rstd)
@@ -468,8 +304,8 @@ def forward(call: GroupNormSiluCall) -> tuple[Tensor, Tensor, Tensor]:
         return out, mean, rstd
 
     moments = x.new_empty((images, cdiv(rows, _CHUNK), 3, channels), dtype=torch.float32)
-    parts = _parts(call)
-    _MOMENTS(parts, x, moments, _strides(x), rows, key=key, CHANNELS=channels, ROWS=_CHUNK, ALIGN=constants["ALIGN"])
+    parts = part_grid(call)
+    _MOMENTS(parts, x, moments, strides_of(x), rows, key=key, CHANNELS=channels, ROWS=_CHUNK, ALIGN=constants["ALIGN"])
     _MERGE_MOMENTS(
         lambda _: (images * num_groups, 1, 1),
         *(moments, mean, rstd, rows, num_groups, call.eps),
@@ -491,59 +327,21 @@ def backward(
     dweight: Tensor | None,
     dbias: Tensor | None,
 ) -> None:
-    x, num_groups = call.x, call.num_groups
-    images, rows, channels = x.shape
-    width = channels // num_groups
-    key: dict[str, Any] = {"dtype": launch.DTYPES[x.dtype], "C": channels, "width": width}
-    constants: dict[str, Any] = {"WIDTH": width, "SILU": call.silu, "ALIGN": _align(x, grad, dx)}
-    affine = (call.weight.stride(0), call.bias.stride(0))
-    inputs = (x, grad, mean, rstd, call.weight, call.bias)
-    strides: tuple[Any, ...] = (_strides(x), _strides(grad))
-    slab = _fitting_slab(call, _SLAB_BYTES_BACKWARD)
-    sums = None
-    if slab is None or dweight is not None or dbias is not None:
-        sums = x.new_empty((images, 2, channels), dtype=torch.float32)
-    if slab is not None:
-        grid = (images * cdiv(num_groups, slab.groups), 1, 1)
-        strides = (*strides, _strides(dx), *affine)
-        key |= {"slab": slab, "asked": (dx is not None, sums is not None)}
-        _BACKWARD_SLAB(lambda _: grid, *inputs, dx, sums, *strides, rows, num_groups, key=key, **constants)
-    else:
-        parts = _parts(call)
-        constants["CHANNELS"] = channels
-        chunk_sums = x.new_empty((images, cdiv(rows, _CHUNK_BACKWARD), 2, channels), dtype=torch.float32)
-        means = x.new_empty((images, num_groups, 2), dtype=torch.float32)
-        _GRADIENT_SUMS(parts, *inputs, chunk_sums, *strides, *affine, rows, key=key, ROWS=_CHUNK_BACKWARD, **constants)
-        _MERGE_SUMS(
-            lambda _: (images * num_groups, 1, 1),
-            *(chunk_sums, call.weight, sums, means, affine[0], chunk_sums.shape[1], num_groups, rows * width),
-            key=key,
-            WIDTH=width,
-            SLOTS=next_power_of_2(width),
-        )
-        if dx is not None:
-            strides = (*strides, _strides(dx), *affine)
-            _INPUT_GRADIENT(parts, *inputs, means, dx, *strides, rows, key=key, **constants)
-    if dweight is not None or dbias is not None:
-        ends = [0 if tensor is None else tensor.stride(0) for tensor in (dweight, dbias)]
-        _AFFINE_GRADIENTS(
-            lambda constants: (cdiv(channels, constants["COLUMNS"]), 1, 1),
-            *(sums, dweight, dbias, *ends, images),
-            key={},
-            CHANNELS=channels,
-        )
+    from univid.kernels.triton import group_norm_bwd  # here, because it builds on this file
+
+    group_norm_bwd.backward(call, grad, mean, rstd, dx, dweight, dbias)
 
 
-def _parts(call: GroupNormSiluCall) -> Callable[[dict], tuple[int, int, int]]:
+def part_grid(call: GroupNormSiluCall) -> Callable[[dict], tuple[int, int, int]]:
     images, rows, channels = call.x.shape
     return lambda constants: (images * cdiv(rows, constants["ROWS"]) * cdiv(channels, constants["COLUMNS"]), 1, 1)
 
 
-def _strides(tensor: Tensor | None) -> tuple[int, ...]:
+def strides_of(tensor: Tensor | None) -> tuple[int, ...]:
     """The strides but the last, which is 1."""
     return (0, 0) if tensor is None else tensor.stride()[:2]
 
 
-def _align(*tensors: Tensor | None) -> int:
+def align_of(*tensors: Tensor | None) -> int:
     """8 where all rows begin at multiples of 8 numbers (16 bytes in 16 bits), else 1."""
-    return 1 if any(stride % 8 for tensor in tensors for stride in _strides(tensor)) else 8
+    return 1 if any(stride % 8 for tensor in tensors for stride in strides_of(tensor)) else 8
