@@ -101,7 +101,7 @@ def sources(operator: str) -> list[Path]:
     patterns = (
         f"univid/ops/{name}.py",
         f"univid/kernels/*/{name}.py",
-        f"univid/kernels/*/{name}_bwd.py",
+        f"univid/kernels/*/{name}_*.py",
         f"csrc/{name}[._]*",
         f"benchmarks/bench_{name}.py",
         "benchmarks/harness.py",

@@ -24,7 +24,7 @@ import triton.language as tl
 from torch import Tensor
 
 from univid.kernels.calls import DualStreamCall, StreamGrads
-from univid.kernels.triton.dual_stream import (
+from univid.kernels.triton.dual_stream_tiles import (
     MULTIPROCESSORS,
     Plan,
     exponent,
