@@ -8,6 +8,9 @@ os.environ.pop("UNIVID_BACKEND", None)
 
 import pytest
 import torch
+from hypothesis import settings
+
+settings.load_profile("ci")  # without deadlines, and with the same examples every time
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # Triton reads it as its kernels are decorated
 
