@@ -21,12 +21,12 @@ from train.processes import processes
 
 ROOT = Path(__file__).parents[1]
 TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2")
-ENVIRONMENT = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+ENVIRONMENT = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
 
 
 @pytest.fixture
 def alone():
-    with processes() as joined:
+    with processes(device="cpu") as joined:
         yield joined
 
 
@@ -85,7 +85,7 @@ CASES = {
 def two_ranks(tmp_path_factory) -> Path:
     """A folder with the results of all cases, from one start of two processes."""
     folder = tmp_path_factory.mktemp("two")
-    with processes() as joined:
+    with processes(device="cpu") as joined:
         train(configure(folder / "resumed", "steps=2", *IMAGES_ONLY, *CALM), joined)
         shutil.copytree(folder / "resumed", folder / "continued")
     (folder / "cases.json").write_text(json.dumps(CASES))

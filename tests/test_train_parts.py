@@ -191,7 +191,7 @@ def start(tmp_path_factory) -> Path:
 
 def test_a_stage_starts_from_what_another_one_exported(start, tmp_path):
     run, out = tmp_path / "run", tmp_path / "out"
-    with processes() as joined:
+    with processes(device="cpu") as joined:
         config = configure(run, "steps=2", "stage=t2v", f"model.start={start}")
         (run / "config.json").parent.mkdir()
         trained = train(config, joined)
@@ -252,13 +252,13 @@ def test_a_piece_of_a_run_is_timed_and_exported_and_the_next_one_starts_from_it(
         files = [tmp_path / out / part / "diffusion_pytorch_model.safetensors" for out in ("out", "again")]
         assert files[0].read_bytes() == files[1].read_bytes()
     arguments[:5] = [f"run={tmp_path / 'two'}", f"model.start={tmp_path / 'out'}", "steps=1", "stage=joint", "seed=2"]
-    with processes() as joined:
+    with processes(device="cpu") as joined:
         from train.fsdp import Trainer
 
         trainer = Trainer(load(Config, CONFIGS / "shapes.toml", [*arguments, "streams.video.first=7"]), joined)
         assert sorted(trainer.sources["video"].pool.keys) == ["shapes/7", "shapes/8", "shapes/9"]
         started = UniVidPipeline.from_pretrained(tmp_path / "out").unet
-        assert torch.equal(state_of(trainer)["model.unet.conv_in.weight"].cpu(), started.conv_in.weight)
+        assert torch.equal(state_of(trainer)["model.unet.conv_in.weight"], started.conv_in.weight)
 
 
 @pytest.mark.parametrize("cached", [False, True], ids=["clips", "cache"])
@@ -273,7 +273,7 @@ def test_clips_from_files(start, shards, tmp_path, capsys, cached):  # noqa: F81
         f"model.start={start}", "steps=4", "checkpoints.every=2", "streams.image.share=0", f"streams.video.source={source}",
         "streams.video.width=48", "streams.video.fps=4", "streams.video.workers=0",
     ]  # fmt: skip
-    with processes() as joined:
+    with processes(device="cpu") as joined:
         whole = train(configure(tmp_path / "whole", *overrides), joined)
         train(configure(run, *overrides), joined)
         shutil.rmtree(run / "checkpoints" / "step-00000004")  # as if it had been killed after step 2
@@ -285,7 +285,7 @@ def test_clips_from_files(start, shards, tmp_path, capsys, cached):  # noqa: F81
 
 def test_a_pool_comes_in_another_order_each_time_round(start, tmp_path):
     overrides = [f"model.start={start}", "streams.video.source=shapes", "streams.video.pool=8", "streams.image.share=0"]
-    with processes() as joined:
+    with processes(device="cpu") as joined:
         from train.fsdp import Trainer
 
         trainer = Trainer(configure(tmp_path, *overrides), joined)

@@ -20,7 +20,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))  # the folder that holds univ
 
 import torch
 
-from train.config import Config, load
+from train.config import Config, Model, load
 from train.fsdp import Trainer
 from train.processes import processes
 
@@ -36,23 +36,27 @@ FULL_SIZE = (
 )
 
 
-def measure(config: Config, seconds: float, out: Path | None) -> None:
+def measure(config: Config, seconds: float, out: Path | None) -> dict[str, float]:
     """Print the numbers of a rank, and write them for :func:`scaling`."""
     with processes(config.compute.replicas) as joined:
         started = time.perf_counter()
         on_gpu = joined.device.type == "cuda"
         trainer = Trainer(config, joined)
+        trainer.encoder.trial |= config.model == Model(unet=config.model.unet)  # there is no CLIP to ask
 
         def say(text: str) -> None:
             if joined.first:
                 print(f"{time.perf_counter() - started:6.1f} s  {text}", flush=True)
 
-        say(f"{sum(p.numel() for p in trainer.model.parameters()) / 1e6:.1f}M parameters on {joined.world_size} ranks")
+        count = sum(p.numel() for p in trainer.model.parameters())
+        say(f"{count / 1e6:.1f}M parameters on {joined.world_size} ranks")
         for step in range(2 + 2 * len(trainer.stage.tasks)):  # compiles and tunes; every task has probably come
             loss = trainer.train_step().loss.item()
             say(f"warm-up step {step}: loss {loss:.4f}")
+        own = {"warm-up": time.perf_counter() - started, "parameters": count}
         if on_gpu:
-            say(f"{synchronisations(trainer)} synchronisations with the device in a step")
+            own["synchronisations"] = synchronisations(trainer)
+            say(f"{own['synchronisations']} synchronisations with the device in a step")
             torch.cuda.reset_peak_memory_stats()
         one = _timed(trainer, 2)
         count = max(3, int(seconds / one))
@@ -60,10 +64,11 @@ def measure(config: Config, seconds: float, out: Path | None) -> None:
         for _ in range(count):
             trainer.meter.steps.append(trainer.train_step())
             trainer.processes.stopping()
-        report = trainer.meter.report(trainer.optimizer.skipped)
+        report = trainer.meter.report(trainer.optimizer.skipped) | own
         say(f"{count} steps: " + "  ".join(f"{name} {value:.4g}" for name, value in report.items()))
         if out is not None and joined.first:
             out.write_text(json.dumps(report))
+        return report
 
 
 def _timed(trainer: Trainer, count: int) -> float:
