@@ -118,9 +118,25 @@ def test_steps_are_those_of_the_cpu(card, tmp_path, monkeypatch, drawn_on_the_ho
         assert error(a, b) < 1e-2, kind
 
 
-def test_activation_checkpointing_changes_no_gradient(card, tmp_path):
-    plain = gradients(Trainer(configure(tmp_path), card))
-    again = gradients(Trainer(configure(tmp_path, "compute.activation_checkpointing=true"), card))
+@pytest.fixture
+def deterministic(monkeypatch):
+    """The same bits from the same step: else gradients are summed in any order, and cuDNN takes what is fastest today."""
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    monkeypatch.setattr(torch.backends.cudnn, "deterministic", True)
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    yield
+    torch.use_deterministic_algorithms(before)
+
+
+@pytest.mark.filterwarnings("ignore:.*does not have a deterministic implementation")
+def test_activation_checkpointing_changes_no_gradient(card, tmp_path, deterministic, monkeypatch):
+    def of_one_step(*overrides: str) -> dict[str, torch.Tensor]:
+        trainer = Trainer(configure(tmp_path, *overrides), card)
+        monkeypatch.setattr(torch.backends.cudnn, "benchmark", False)
+        return gradients(trainer)
+
+    plain, again = of_one_step(), of_one_step("compute.activation_checkpointing=true")
     assert plain.keys() == again.keys()
     assert not [name for name in plain if not torch.equal(plain[name], again[name])]
 
