@@ -74,8 +74,8 @@ template <typename Element>
 __device__ void consume(const Arguments& args, Shared& shared, int w) {
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32 % 4;
   const bool leader = threadIdx.x % 128 == 0;
-  const int boxes = args.boxes_per_tile;
-  const bool whole_frames = args.last_box_rows == args.box_rows;
+  const int pieces = args.pieces_per_tile;
+  const bool whole_frames = args.last_piece_rows == args.piece_rows;
   Cursor<kQSlots> q_at;
   Cursor<kStages> at;
   float s[32], dp[32], dq[32];
@@ -83,8 +83,8 @@ __device__ void consume(const Arguments& args, Shared& shared, int w) {
   for (int tile = blockIdx.x; tile < args.num_tiles; tile += gridDim.x) {
     const Place place(args, tile, kGroups * kUnit);
     const int row = place.row + w * kUnit;
-    int left = __shfl_sync(~0u, count_references(args, place) * args.boxes_per_frame, 0);  // boxes yet to be read
-    int first = 0;  // of the boxes of a frame, the next tile's first
+    int left = __shfl_sync(~0u, count_references(args, place) * args.pieces_per_frame, 0);  // pieces yet to be read
+    int first = 0;  // of the pieces of a frame, the next tile's first
 #pragma unroll
     for (int i = 0; i < 32; i++) dq[i] = 0;
     if (left > 0) {
@@ -118,10 +118,10 @@ __device__ void consume(const Arguments& args, Shared& shared, int w) {
         pin(s);
         pin(ds);
         if (held >= 0) arrive_warp(&shared.k_ring.free[held]);
-        if (left < boxes || (!whole_frames && first + boxes >= args.boxes_per_frame)) mask(args, first, left, s);
-        first += args.boxes_step;
-        if (first >= args.boxes_per_frame) first -= args.boxes_per_frame;
-        left -= boxes;
+        if (left < pieces || (!whole_frames && first + pieces >= args.pieces_per_frame)) mask(args, first, left, s);
+        first += args.pieces_step;
+        if (first >= args.pieces_per_frame) first -= args.pieces_per_frame;
+        left -= pieces;
 #pragma unroll
         for (int i = 0; i < 32; i++) s[i] = exp2_fast(fmaf(s[i], args.scale_log2, -logsumexp[i / 2 % 2]));
         wgmma_wait<0>();
@@ -169,7 +169,10 @@ __global__ void __launch_bounds__((kGroups + 1) * 128, 1) backward_dq(const __gr
     shared.k_ring.init(4 * kGroups);
     shared.v_ring.init(4 * kGroups);
     ptx::fence_mbarrier_init(ptx::sem_release, ptx::scope_cluster);
-    for (const TensorMap* map : {&args.q, &args.grad, &args.k, &args.v, &args.dq}) prefetch_map(*map);
+    for (const TensorMap* map : {&args.q, &args.grad, &args.dq}) prefetch_map(*map);
+  } else if (threadIdx.x <= args.pieces_per_tile) {
+    prefetch_map(args.k[threadIdx.x - 1]);
+    prefetch_map(args.v[threadIdx.x - 1]);
   }
   __syncthreads();
   wait_for_former();

@@ -94,8 +94,8 @@ template <typename Element, bool kShares>
 __device__ void consume(const Arguments& args, Shared& shared, int w) {
   constexpr int kPacked = kKeys / 4, kHalf = kPacked / 2;
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32 % 4;
-  const int boxes = args.boxes_per_tile;
-  const bool whole_frames = args.last_box_rows == args.box_rows;
+  const int pieces = args.pieces_per_tile;
+  const bool whole_frames = args.last_piece_rows == args.piece_rows;
   const uint32_t zero = args.num_tiles < 0;  // but the compiler does not know
   Cursor<kQSlots> q_at;
   Cursor<kStages> k_at, v_at;
@@ -103,8 +103,8 @@ __device__ void consume(const Arguments& args, Shared& shared, int w) {
   float s[kKeys / 2], o[32];
   uint32_t p[kPacked], q[16];
   int tile = tile_after<kShares>(args, -1);  // the tile of queries whose keys are being read
-  int first = 0;                             // of the boxes of a frame, the next tile's first
-  int left = 0;                              // boxes yet to be read for this tile of queries
+  int first = 0;                             // of the pieces of a frame, the next tile's first
+  int left = 0;                              // pieces yet to be read for this tile of queries
 
   const auto is_alone = [&](int tile) { return kShares && tile >= args.alone_from; };
   // Of a tile of K or V; who is alone does it for the others too.
@@ -131,10 +131,10 @@ __device__ void consume(const Arguments& args, Shared& shared, int w) {
     pin(s);
     release(&shared.k_ring.free[k_at.slot], tile);
     k_at.advance();
-    if (left < boxes || (!whole_frames && first + boxes >= args.boxes_per_frame)) mask(args, first, left, s);
-    first += args.boxes_step;
-    if (first >= args.boxes_per_frame) first -= args.boxes_per_frame;
-    left -= boxes;
+    if (left < pieces || (!whole_frames && first + pieces >= args.pieces_per_frame)) mask(args, first, left, s);
+    first += args.pieces_step;
+    if (first >= args.pieces_per_frame) first -= args.pieces_per_frame;
+    left -= pieces;
   };
   const auto finish_output = [&](int tile) {
     pin(o);
@@ -179,7 +179,7 @@ __device__ void consume(const Arguments& args, Shared& shared, int w) {
   const auto next_tile = [&] {
     for (; tile < args.num_tiles; tile = tile_after<kShares>(args, tile)) {
       if (!takes_part<kShares>(args, tile, w)) continue;
-      left = count_references(args, Place(args, tile, kGroups * kRows)) * args.boxes_per_frame;
+      left = count_references(args, Place(args, tile, kGroups * kRows)) * args.pieces_per_frame;
       if (left > 0) {
         first = 0;
         wait(&shared.q_ring[w].filled[q_at.slot], q_at.round);
@@ -273,9 +273,10 @@ __global__ void __launch_bounds__((kGroups + 1) * 128, 1) forward(const __grid_c
     shared.v_ring.init(4 * kGroups);
     ptx::fence_mbarrier_init(ptx::sem_release, ptx::scope_cluster);
     prefetch_map(args.q);
-    prefetch_map(args.k);
-    prefetch_map(args.v);
     prefetch_map(args.out);
+  } else if (threadIdx.x <= args.pieces_per_tile) {
+    prefetch_map(args.k[threadIdx.x - 1]);
+    prefetch_map(args.v[threadIdx.x - 1]);
   }
   __syncthreads();
   const int w = __shfl_sync(~0u, threadIdx.x / 128, 0);
