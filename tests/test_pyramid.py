@@ -114,6 +114,8 @@ CASES = [
     PyramidCase(id="raw-one-clip", refs=RAGGED_CLIPS[:1]),
     PyramidCase(id="other-frames", Tk=7, Nk=21, refs=Random().table(2, 5, 4, frames=7), compiled=(BF16, FP32), **ONCE),
     PyramidCase(id="other-frames-shared", T=3, Tk=6, Nk=50, refs=torch.tensor([5, 0, 2])),
+    # Frames that tiles of 96 keys share in parts of 12.
+    PyramidCase(id="pieces", B=1, T=6, N=36, H=1, refs=ReferenceFrames.pyramid(6, 5), interpreted=(FP32,)),
     # Long enough for tiles that lie inside a frame, and for what is left of it.
     PyramidCase(id="long-keys", N=60, Nk=569, small={"N": 9}, **LONG),
     PyramidCase(id="long-queries", N=569, Nk=60, small={"Nk": 9}, **LONG),
@@ -245,6 +247,25 @@ def test_empty(case: Case, run: Run, clips: int, tokens: int, key_tokens: int, n
     assert not out.any()
     gradients = torch.autograd.grad(out, (q, k, v), torch.ones_like(out))
     assert all(g.shape == x.shape and not g.any() for g, x in zip(gradients, (q, k, v), strict=True))
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "sliced", "packed"])
+def test_full_attention(layout: str):
+    """Frames that are joined into a long one, and such as do not follow each other, make no difference."""
+    qkv = torch.randn(2, 4, 3, 3, 2, 8, dtype=torch.float64, requires_grad=True)
+    grad = torch.randn(2, 4, 3, 2, 8, dtype=torch.float64)
+    outs = []
+    for refs in (ReferenceFrames.all(4), torch.arange(4)):
+        if layout == "packed":
+            outs.append(pyramid_st_attn_qkv(qkv, refs))
+        else:
+            parts = [x.contiguous() for x in qkv.unbind(3)]
+            if layout == "sliced":
+                parts = [torch.nn.functional.pad(x, (0, 0, 0, 0, 0, 1))[:, :, :3] for x in parts]
+            outs.append(pyramid_st_attn(*parts, refs))
+    gradients = [torch.autograd.grad(out, qkv, grad)[0] for out in outs]
+    torch.testing.assert_close(*outs)
+    torch.testing.assert_close(*gradients)
 
 
 @pytest.mark.gpu

@@ -100,6 +100,16 @@ def test_as_many_references_as_frames_is_full_attention(frames, own_frame, sampl
     assert refs.rows.shape == (1, 1, frames)
 
 
+def test_full_attention_is_that_of_one_long_frame():
+    refs = ReferenceFrames.from_table(torch.tensor([[2, 0, 1]] * 4), 3)
+    assert refs.joined.table.tolist() == [[[0]] * 4]
+    assert (refs.joined.num_key_frames, refs.joined.joined) == (1, None)
+    assert refs.to("meta").joined.device.type == "meta"
+    rows = [[0, 1, 1], [0, 1, -1], [0, 1]]
+    assert not [row for row in rows if ReferenceFrames.from_table(torch.tensor([row] * 4), 3).joined]
+    assert ReferenceFrames.pyramid(4, 3).joined is None
+
+
 def test_one_frame_is_spatial_attention():
     refs = ReferenceFrames.pyramid(1, 1)
     assert rows_of(refs) == [[0]]

@@ -71,7 +71,7 @@ def pyramid_st_attn_qkv(
 ) -> Tensor:
     """:func:`pyramid_st_attn` on the packed projection: qkv ``(B, T, N, 3, H, D)``; the backward writes one dqkv."""
     arguments = _arguments_qkv(qkv, refs, scale=scale, backend=backend, deterministic=deterministic)
-    return torch.ops.univid.pyramid_st_attn_qkv(*arguments)[0]
+    return torch.ops.univid.pyramid_st_attn_qkv(*arguments)[0].view(*qkv.shape[:3], *qkv.shape[4:])
 
 
 # --- the public door --------------------------------------------------------------------------------------------------
@@ -85,13 +85,35 @@ def _arguments(q, k, v, refs, *, scale=None, backend=None, deterministic=False) 
     check_shape("k", k, (clips, k.shape[1], k.shape[2], heads, dim), "q's B, H and D")
     check_shape("v", v, k.shape, "k's shape")
     check_alike("q", q, k=k, v=v)
-    return (q, k, v, *_options(refs, q, k.shape[1], scale, backend, deterministic))
+    options = _options(refs, q, k.shape[1], scale, backend, deterministic)
+    if joined := _joined(refs, k, v):
+        k, v, options = _join(k), _join(v), _of(joined.to(q.device), options)
+    return (q, k, v, *options)
 
 
 def _arguments_qkv(qkv, refs, *, scale=None, backend=None, deterministic=False) -> tuple:
     check_tensor("qkv", qkv, "(B, T, N, 3, H, D)")
     check_shape("qkv", qkv, (*qkv.shape[:3], 3, *qkv.shape[4:]), "q, k and v packed")
-    return (qkv, *_options(refs, qkv, qkv.shape[1], scale, backend, deterministic))
+    options = _options(refs, qkv, qkv.shape[1], scale, backend, deterministic)
+    if joined := _joined(refs, qkv):
+        qkv, options = _join(qkv), _of(joined.to(qkv.device), options)
+    return (qkv, *options)
+
+
+# Full attention: frames that follow each other in memory are one long frame, whose keys fill whole tiles.
+
+
+def _joined(refs: ReferenceFrames | Tensor, *tensors: Tensor) -> ReferenceFrames | None:
+    follow = all(x.stride(1) == x.shape[2] * x.stride(2) != 0 for x in tensors)
+    return refs.joined if follow and isinstance(refs, ReferenceFrames) else None
+
+
+def _join(x: Tensor) -> Tensor:
+    return x.flatten(1, 2).unsqueeze(1)
+
+
+def _of(refs: ReferenceFrames, options: tuple) -> tuple:
+    return (refs.rows, refs.inverse, *options[2:])
 
 
 def _options(refs, q: Tensor, key_frames: int, scale, backend, deterministic) -> tuple:

@@ -25,11 +25,13 @@ class ReferenceFrames:
     padded: bool  # whether -1 occurs
     rows: Tensor = field(repr=False)  # the table, or its first row (1 or B, 1, R) where all T rows are equal
     inverse: Tensor = field(repr=False)  # of rows: who reads each key frame (kernels/inverse.py)
+    # Where every row lists all frames, each once: the table that says so of one long key frame, which they all are.
+    joined: ReferenceFrames | None = field(default=None, repr=False, compare=False)
     _copies: dict[torch.device, ReferenceFrames] = field(default_factory=dict, repr=False, compare=False)
 
     def __reduce__(self) -> tuple:
         # Without the copies: a table that was used on a GPU is loaded on a machine that has none.
-        return ReferenceFrames, (self.table, self.num_key_frames, self.padded, self.rows, self.inverse)
+        return ReferenceFrames, (self.table, self.num_key_frames, self.padded, self.rows, self.inverse, self.joined)
 
     @classmethod
     def from_table(cls, table: Tensor, num_key_frames: int) -> ReferenceFrames:
@@ -58,7 +60,11 @@ class ReferenceFrames:
         table = (table if table.ndim == 3 else table[None]).int().contiguous()
         rows = table[:, :1].contiguous() if bool((table == table[:, :1]).all()) else table
         padded = bool((table < 0).any())
-        frames = cls(table, num_key_frames, padded, rows, inverse_table(rows, num_key_frames))
+        joined = None
+        lists_all = rows.shape[1:] == (1, num_key_frames) and bool((rows.sort().values.diff() == 1).all())
+        if lists_all and not padded and num_key_frames > 1:
+            joined = cls.from_table(torch.zeros(table.shape[1], 1, dtype=torch.long), 1)
+        frames = cls(table, num_key_frames, padded, rows, inverse_table(rows, num_key_frames), joined)
         return frames.to(device)
 
     @classmethod
@@ -158,7 +164,8 @@ class ReferenceFrames:
             return self
         if device not in self._copies:
             table, rows, inverse = (t.to(device) for t in (self.table, self.rows, self.inverse))
-            self._copies[device] = ReferenceFrames(table, self.num_key_frames, self.padded, rows, inverse)
+            joined = self.joined and self.joined.to(device)
+            self._copies[device] = ReferenceFrames(table, self.num_key_frames, self.padded, rows, inverse, joined)
         return self._copies[device]
 
 
