@@ -99,9 +99,9 @@ PYBIND11_MODULE(_csrc, module) {
   module.def("pyramid_st_attn_workspace",
              // asked: for dq, dk, dv
              [](const PyramidSizes& sizes, double scale, DType dtype, bool one_query, const std::array<bool, 3>& asked,
-                bool deterministic) {
+                bool deterministic, int device) {
                return pyramid_st_attn_workspace(pyramid_shape(sizes, scale, dtype), one_query, asked[0], asked[1],
-                                                asked[2], deterministic);
+                                                asked[2], deterministic, device);
              });
 
   module.def(

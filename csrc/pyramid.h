@@ -52,7 +52,7 @@ void pyramid_st_attn_forward(const PyramidForward& args, int device, cudaStream_
 
 // What the backward needs where these gradients are asked for, in bytes.
 int64_t pyramid_st_attn_workspace(const PyramidShape& shape, bool one_query, bool dq, bool dk, bool dv,
-                                  bool deterministic);
+                                  bool deterministic, int device);
 void pyramid_st_attn_backward(const PyramidBackward& args, int device, cudaStream_t stream);
 
 }  // namespace univid

@@ -36,13 +36,14 @@ struct QueryTile {
   }
 };
 
-// Statistics of the queries, zeros in dQ, and a counter at its start. Eight lanes have a query.
+// Statistics of the queries, zeros in dQ, and counters at their start. Eight lanes have a query.
 template <typename Element>
 __global__ void __launch_bounds__(256)
     prepare_queries(const Element* out, const TensorView grad, const float* logsumexp, float* statistics, float4* dq,
-                    int* next_tile, int heads, int groups, int rows, int per_group) {
+                    int* counters, int heads, int groups, int rows, int per_group) {
   let_next_begin();
-  if (blockIdx.x == 0 && threadIdx.x == 0) *next_tile = 0;
+  if (blockIdx.x == 0)
+    for (int i = threadIdx.x; i < kCounters; i += 256) counters[i] = 0;
   const QueryTile tile(heads, groups, per_group);
   statistics += tile.index * kStatistics;
 #pragma unroll
@@ -103,61 +104,92 @@ __global__ void __launch_bounds__(128) finish_dq(const __grid_constant__ TensorM
 // One kernel makes all three gradients; otherwise dQ has its own.
 bool is_fused(bool dq, bool dk, bool dv, bool deterministic) { return dq && dk && dv && !deterministic; }
 
+// Keys that lie in one list: those of a frame, or of all frames.
+struct KeyLists {
+  int64_t count, rows;
+  int64_t whole_tiles;  // of a list
+  bool has_rest;
+
+  KeyLists(const PyramidShape& shape, bool flat)
+      : count(flat ? 1 : shape.key_frames), rows(shape.key_frames * shape.key_tokens / count) {
+    const int64_t left = rows % kKeys;
+    has_rest = 0 < left && left <= kUnit;
+    whole_tiles = rows / kKeys + (left > kUnit);
+  }
+  // How many are read where all rows are equal, unless some entries are equal or do not exist.
+  int64_t read(const PyramidShape& shape) const { return std::min<int64_t>(count, shape.num_refs); }
+  int64_t tiles(int64_t lists) const { return lists * whole_tiles + (has_rest ? (lists + 1) / 2 : 0); }
+};
+
+Split split_of(const PyramidShape& shape, const KeyLists& lists, bool one_query, int device) {
+  if (!one_query) return {};
+  const int64_t clip_heads = shape.batch * shape.heads;
+  return split_last_round(clip_heads * lists.tiles(lists.read(shape)), QueryTiles(shape, one_query).per_group,
+                          num_processors(device));
+}
+
 // The parts of the workspace.
 struct Workspace {
   float *statistics, *dq;
-  int* next_tile;
+  int* counters;  // kCounters: the next tile; for the warpgroups of each tile that is split, how many parts are done
+  float* parts;
 
   Workspace(const PyramidBackward& call, const QueryTiles& queries, bool fused)
       : statistics(static_cast<float*>(call.workspace)),
         dq(fused ? statistics + queries.count * kStatistics : nullptr),
-        next_tile(reinterpret_cast<int*>(statistics + queries.count * (kStatistics + (fused ? kTileFloats : 0)))) {}
+        counters(reinterpret_cast<int*>(statistics + queries.count * (kStatistics + (fused ? kTileFloats : 0)))),
+        parts(reinterpret_cast<float*>(counters + kCounters)) {}
 };
 
 bool is_flat(const PyramidShape& shape, const TensorView& tensor) {
   return tensor.data == nullptr || (tensor.stride_n != 0 && tensor.stride_t == shape.key_tokens * tensor.stride_n);
 }
 
+// Where fewer frames are listed than there are, tiles across frames would mix those that are read with others.
+bool is_flat(const PyramidBackward& call) {
+  const PyramidShape& shape = call.shape;
+  return call.equal_rows && shape.num_refs >= shape.key_frames && is_flat(shape, call.k) && is_flat(shape, call.v) &&
+         is_flat(shape, call.dk) && is_flat(shape, call.dv) && shape.key_frames * shape.key_tokens <= INT32_MAX;
+}
+
 template <typename Element, class C>
 void launch_keys(const PyramidBackward& call, const QueryTiles& queries, const Workspace& workspace, int device,
                  cudaStream_t stream) {
   const PyramidShape& shape = call.shape;
-  // Where fewer frames are listed than there are, tiles across frames would mix those that are read with others.
-  const bool flat = call.equal_rows && shape.num_refs >= shape.key_frames && is_flat(shape, call.k) &&
-                    is_flat(shape, call.v) && is_flat(shape, call.dk) && is_flat(shape, call.dv) &&
-                    shape.key_frames * shape.key_tokens <= INT32_MAX;
-  const int64_t lists = flat ? 1 : shape.key_frames;
-  const int64_t rows = shape.key_frames * shape.key_tokens / lists;
+  const KeyLists lists(shape, is_flat(call));
   const auto map = [&](const TensorView& tensor, int64_t frames, int64_t tokens) {
     return tensor_map(tensor, shape.dtype, shape.batch, frames, tokens, shape.heads, kUnit);
   };
   Arguments args{};
   args.q = map(call.q, queries.groups, queries.rows);
   args.grad = map(call.grad, queries.groups, queries.rows);
-  args.k = map(call.k, lists, rows);
-  args.v = map(call.v, lists, rows);
-  if (C::kDK) args.dk = map(call.dk, lists, rows);
-  if (C::kDV) args.dv = map(call.dv, lists, rows);
+  args.k = map(call.k, lists.count, lists.rows);
+  args.v = map(call.v, lists.count, lists.rows);
+  if (C::kDK) args.dk = map(call.dk, lists.count, lists.rows);
+  if (C::kDV) args.dv = map(call.dv, lists.count, lists.rows);
   args.inverse = call.inverse;
   args.inverse_stride_b = call.inverse_stride_b;
   args.statistics = workspace.statistics;
   args.dq = workspace.dq;
-  args.next_tile = workspace.next_tile;
+  args.counters = workspace.counters;
+  args.parts = workspace.parts;
+  args.split = split_of(shape, lists, call.one_query, device);
   args.clips = static_cast<int>(shape.batch);
   args.heads = static_cast<int>(shape.heads);
   args.key_frames = static_cast<int>(shape.key_frames);
   args.key_tokens = static_cast<int>(shape.key_tokens);
-  args.lists = static_cast<int>(lists);
-  args.key_rows = static_cast<int>(rows);
+  args.lists = static_cast<int>(lists.count);
+  args.key_rows = static_cast<int>(lists.rows);
   args.query_groups = static_cast<int>(queries.groups);
   args.query_rows = static_cast<int>(queries.rows);
   args.query_tiles = static_cast<int>(queries.per_group);
-  const int64_t left = rows % kKeys;
-  args.has_rest = 0 < left && left <= kUnit;
-  args.whole_tiles = static_cast<int>(rows / kKeys + (left > kUnit));
-  args.lists_per_batch = static_cast<int>((lists + 7) / 8 * 2);
-  const int64_t num_tiles =
-      shape.batch * shape.heads * (lists * args.whole_tiles + (args.has_rest ? (lists + 1) / 2 : 0));
+  args.has_rest = lists.has_rest;
+  args.whole_tiles = static_cast<int>(lists.whole_tiles);
+  // Where all rows are equal: those that are read, then the others.
+  const int64_t per_batch = call.equal_rows ? lists.read(shape) : (lists.count + 7) / 8 * 2;
+  args.lists_per_batch = static_cast<int>(per_batch);
+  const int64_t num_tiles = shape.batch * shape.heads *
+                            (lists.count / per_batch * lists.tiles(per_batch) + lists.tiles(lists.count % per_batch));
   if (num_tiles > INT32_MAX / 2) throw std::invalid_argument("too many keys");
   args.num_tiles = static_cast<int>(num_tiles);
   args.equal_rows = call.equal_rows;
@@ -184,7 +216,7 @@ void launch(const PyramidBackward& call, int device, cudaStream_t stream) {
   load(once, device, prepare_queries<Element>, finish_dq<Element>);
   prepare_queries<Element><<<static_cast<unsigned>(queries.count), 256, 0, stream>>>(
       static_cast<const Element*>(call.out), call.grad, call.logsumexp, workspace.statistics,
-      reinterpret_cast<float4*>(workspace.dq), workspace.next_tile, heads, groups, rows, per_group);
+      reinterpret_cast<float4*>(workspace.dq), workspace.counters, heads, groups, rows, per_group);
   check(cudaGetLastError(), "pyramid_st_attn backward");
   if (fused) {
     launch_keys<Element, Config<true, true, true>>(call, queries, workspace, device, stream);
@@ -206,9 +238,15 @@ void launch(const PyramidBackward& call, int device, cudaStream_t stream) {
 }  // namespace
 
 int64_t pyramid_st_attn_workspace(const PyramidShape& shape, bool one_query, bool dq, bool dk, bool dv,
-                                  bool deterministic) {
+                                  bool deterministic, int device) {
   const int floats = kStatistics + (is_fused(dq, dk, dv, deterministic) ? kTileFloats : 0);
-  return QueryTiles(shape, one_query).count * floats * 4 + 16;
+  int parts = 0;
+  if (dk || dv)
+    for (const bool flat : {false, true}) {
+      const Split split = split_of(shape, KeyLists(shape, flat), one_query, device);
+      parts = std::max(parts, split.count * split.parts);
+    }
+  return (QueryTiles(shape, one_query).count * floats + kCounters + int64_t{parts} * kPartFloats) * 4;
 }
 
 void pyramid_st_attn_backward(const PyramidBackward& args, int device, cudaStream_t stream) {

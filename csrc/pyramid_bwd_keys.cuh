@@ -23,13 +23,14 @@
 #include "hopper/tma.cuh"
 #include "hopper/wgmma.cuh"
 #include "pyramid_bwd.cuh"
+#include "pyramid_bwd_split.cuh"
 
 namespace univid {
 namespace {
 
 using namespace hopper;
 
-constexpr int kUnits = 2;  // warpgroups of keys
+constexpr int kUnits = kKeyUnits;  // warpgroups of keys
 constexpr int kKeys = kUnits * kUnit;
 
 struct Arguments {
@@ -38,7 +39,7 @@ struct Arguments {
   int64_t inverse_stride_b;
   const float* statistics;
   float* dq;
-  int* next_tile;
+  int* counters;  // the next tile; for the warpgroups of tiles that are split, how many parts are there
   int clips, heads;
   int key_frames, key_tokens;                 // Tk, Nk
   int lists, key_rows;                        // Tk and Nk, or 1 and Tk · Nk
@@ -47,6 +48,8 @@ struct Arguments {
   bool has_rest;                              // and keys for one more
   int lists_per_batch;
   int num_tiles;
+  Split split;
+  float* parts;  // of tiles that are split
   bool equal_rows;
   float scale, scale_log2;
 };
@@ -57,6 +60,8 @@ struct Tile {
   int frame[kUnits];  // -1: none
   int row[kUnits];
   int state;
+  int part, split;  // of a tile that is split: which part of the queries; which of those tiles, -1: none
+  int begin, end;   // tiles of queries of a group
 };
 enum State { kEnd, kUnread, kRead };  // there are no more tiles; zeros; queries follow
 
@@ -120,6 +125,7 @@ struct Shared {
   alignas(16) float statistics[C::kStages][kStatistics];
   Step steps[C::kStages], ds_steps[2];
   Tile tiles[2];
+  int arrived[kUnits];
   Readers readers[kUnits];  // of the tile being fed: the feeding thread is short of registers
   Ring<2> tile_ring, k_ring, ds_ring;
   Ring<C::kVSlots> v_ring;
@@ -131,10 +137,22 @@ struct Shared {
 // The tile of an index, and who reads it: of a tile that two frames share the readers of each, else of both together.
 __device__ void find_tile(const Arguments& args, int index, Tile& tile, Readers (&readers)[kUnits]) {
   tile.state = kEnd;
+  tile.split = -1;
+  tile.part = 0;
+  if (index >= args.split.from && args.split.count > 0) {
+    const int past = index - args.split.from;
+    if (past < args.split.count * args.split.parts) {
+      tile.split = past / args.split.parts;
+      tile.part = past % args.split.parts;
+      index = args.split.from + tile.split;
+    } else {
+      index -= args.split.count * (args.split.parts - 1);
+    }
+  }
   if (index >= args.num_tiles) return;
   // The longest lists first; those of a batch begin with their whole tiles, which fills the card more evenly.
   const int clip_heads = args.clips * args.heads;
-  const int rests = args.has_rest ? args.lists_per_batch / 2 : 0;
+  const int rests = args.has_rest ? (args.lists_per_batch + 1) / 2 : 0;
   const int of_batch = (args.lists_per_batch * args.whole_tiles + rests) * clip_heads;
   int rank = index / of_batch * args.lists_per_batch;
   index %= of_batch;
@@ -176,6 +194,13 @@ __device__ void find_tile(const Arguments& args, int index, Tile& tile, Readers 
       readers[0].start(args, clip, frame);
   }
   tile.state = min(readers[0].next(), readers[1].next()) == INT_MAX ? kUnread : kRead;
+  if (tile.state == kUnread) tile.split = -1;
+  tile.begin = 0;
+  tile.end = args.query_tiles;
+  if (tile.split >= 0) {
+    tile.begin = static_cast<int>(int64_t{tile.part} * args.query_tiles / args.split.parts);
+    tile.end = static_cast<int>(int64_t{tile.part + 1} * args.query_tiles / args.split.parts);
+  }
 }
 
 template <class C>
@@ -193,7 +218,9 @@ __device__ void feed(const Arguments& args, Shared<C>& shared) {
   while (true) {
     wait(&shared.tile_ring.free[tile_at.slot], tile_at.round ^ 1);
     Tile& tile = shared.tiles[tile_at.slot];
-    find_tile(args, atomicAdd(args.next_tile, 1), tile, readers);
+    do {
+      find_tile(args, atomicAdd(args.counters, 1), tile, readers);
+    } while (tile.state == kUnread && tile.part > 0);
     ptx::mbarrier_arrive(&shared.tile_ring.filled[tile_at.slot]);
     tile_at.advance();
     if (tile.state == kEnd) break;
@@ -213,19 +240,19 @@ __device__ void feed(const Arguments& args, Shared<C>& shared) {
       if (readers[0].next() == group) units = first_units, readers[0].advance(args, tile.clip);
       if (readers[1].next() == group) units |= 2, readers[1].advance(args, tile.clip);
       const bool is_last = min(readers[0].next(), readers[1].next()) == INT_MAX;
-      int query_tile = ((tile.clip * args.heads + tile.head) * args.query_groups + group) * args.query_tiles;
-      for (int row = 0; row < args.query_rows; row += kUnit) {
-        if (is_last && row + kUnit >= args.query_rows) units |= kLast;
+      const int line = ((tile.clip * args.heads + tile.head) * args.query_groups + group) * args.query_tiles;
+      for (int i = tile.begin; i < tile.end; i++) {
+        if (is_last && i + 1 == tile.end) units |= kLast;
+        const int query_tile = line + i;
         uint64_t* filled = &shared.q_ring.filled[at.slot];
         wait(&shared.q_ring.free[at.slot], at.round ^ 1);
         shared.steps[at.slot] = {units, query_tile};
         expect(filled, 2 * kTileBytes + kStatistics * 4);
-        const Box box{row, tile.head, group, tile.clip};
+        const Box box{i * kUnit, tile.head, group, tile.clip};
         load_box(shared.q[at.slot], args.q, box, filled);
         ptx::cp_async_bulk(ptx::space_cluster, ptx::space_global, shared.statistics[at.slot],
                            args.statistics + int64_t{query_tile} * kStatistics, kStatistics * 4, filled);
         load_box(shared.grad[at.slot], args.grad, box, filled);
-        query_tile++;
         at.advance();
       }
     }
@@ -331,6 +358,22 @@ __device__ void consume(const Arguments& args, Shared<C>& shared, int w) {
       store_box(map, {tile.row[w], tile.head, tile.frame[w], tile.clip}, shared.out[w]);
       ptx::cp_async_bulk_commit_group();
     }
+  };
+
+  // Whether dK and dV are all there; of a tile that is split, they are once this is its last part to be done.
+  const auto is_complete = [&](const Tile& tile) {
+    const int split = __shfl_sync(~0u, tile.split, 0);
+    if (split < 0) return true;
+    float* parts = args.parts + int64_t{split} * args.split.parts * kPartFloats + w * 2 * kTileFloats;
+    write_part<C::kDK, C::kDV>(parts + int64_t{tile.part} * kPartFloats, dk, dv);
+    __threadfence();
+    meet();
+    if (leader) shared.arrived[w] = atomicAdd(args.counters + 1 + split * kUnits + w, 1);
+    meet();
+    if (__shfl_sync(~0u, shared.arrived[w], 0) + 1 < args.split.parts) return false;
+    __threadfence();
+    add_parts<C::kDK, C::kDV>(parts, args.split.parts, dk, dv);
+    return true;
   };
 
   while (true) {
@@ -466,7 +509,7 @@ __device__ void consume(const Arguments& args, Shared<C>& shared, int w) {
       arrive_warp(&shared.k_ring.free[k_at.slot]);
       k_at.advance();
     }
-    if (__shfl_sync(~0u, tile.frame[w], 0) >= 0) {
+    if (__shfl_sync(~0u, tile.frame[w], 0) >= 0 && is_complete(tile)) {
       if constexpr (C::kDV) store(dv, args.dv, tile);
       if constexpr (C::kDK) {
 #pragma unroll

@@ -64,7 +64,7 @@ def backward(
         grad = grad.clone(memory_format=torch.contiguous_format)  # also where only its address is odd
     one_query = _is_one_query(call, q, grad, *([] if dq is None else [dq]))
     asked = tuple(x is not None for x in (dq, dk, dv))
-    size = extension().pyramid_st_attn_workspace(*_shape(call), one_query, asked, call.deterministic)
+    size = extension().pyramid_st_attn_workspace(*_shape(call), one_query, asked, call.deterministic, q.device.index)
     workspace = torch.empty(size, dtype=torch.uint8, device=q.device)
     extension().pyramid_st_attn_backward(
         *_shape(call),
