@@ -29,13 +29,21 @@ namespace {
 
 using namespace hopper;
 
-constexpr int kGroups = 3;  // warpgroups that compute
-constexpr int kRows = 64;   // queries of each
-constexpr int kKeys = 96;   // of a tile
-constexpr int kStages = 6;  // tiles of K, and of V, in shared memory
+constexpr int kRows = 64;   // queries of a warpgroup
 constexpr int kQSlots = 2;  // tiles of Q
 constexpr int kTileBytes = kRows * kRowBytes;
-constexpr int kKeyBytes = kKeys * kRowBytes;
+
+template <int kGroups_, int kKeys_, int kStages_, int kRegisters_, bool kQInRegisters_>
+struct Config {
+  static constexpr int kGroups = kGroups_;  // warpgroups that compute
+  static constexpr int kKeys = kKeys_;      // of a tile
+  static constexpr int kStages = kStages_;  // tiles of K, and of V, in shared memory
+  static constexpr int kTileRows = kGroups * kRows;
+  static constexpr int kKeyBytes = kKeys * kRowBytes;
+  static constexpr int kRegisters = kRegisters_;  // of a lane that computes, taken from those that feed; 0: all alike
+  static constexpr bool kQInRegisters = kQInRegisters_;
+  static constexpr int kThreads = kGroups * 128 + (kRegisters > 0 ? 128 : 32);
+};
 
 struct Arguments : Gather {
   TensorMap q, out;
@@ -44,40 +52,41 @@ struct Arguments : Gather {
   float scale_log2;
 };
 
+template <class C>
 struct Shared {
-  alignas(1024) char q[kQSlots][kGroups][kTileBytes];
-  alignas(1024) char o[kGroups][kTileBytes];
-  alignas(1024) char k[kStages][kKeyBytes];
-  alignas(1024) char v[kStages][kKeyBytes];
-  Ring<kQSlots> q_ring[kGroups];
-  Ring<kStages> k_ring, v_ring;
+  alignas(1024) char q[kQSlots][C::kGroups][kTileBytes];
+  alignas(1024) char o[C::kGroups][kTileBytes];
+  alignas(1024) char k[C::kStages][C::kKeyBytes];
+  alignas(1024) char v[C::kStages][C::kKeyBytes];
+  Ring<kQSlots> q_ring[C::kGroups];
+  Ring<C::kStages> k_ring, v_ring;
 };
 
 // The tile of queries that a block does after `tile` (-1: its first); num_tiles or more: there is none.
-template <bool kShares>
+template <class C, bool kShares>
 __device__ int tile_after(const Arguments& args, int tile) {
   if (!kShares) return tile < 0 ? blockIdx.x : tile + gridDim.x;
   if (tile >= args.alone_from) return args.num_tiles;
   tile = tile < 0 ? blockIdx.x : tile + gridDim.x;
-  return tile < args.alone_from ? tile : args.alone_from + blockIdx.x / kGroups;
+  return tile < args.alone_from ? tile : args.alone_from + blockIdx.x / C::kGroups;
 }
 
-template <bool kShares>
+template <class C, bool kShares>
 __device__ bool takes_part(const Arguments& args, int tile, int w) {
-  return !kShares || tile < args.alone_from || blockIdx.x % kGroups == w;
+  return !kShares || tile < args.alone_from || blockIdx.x % C::kGroups == w;
 }
 
 // The feeding thread.
-template <bool kShares>
-__device__ void produce(const Arguments& args, Shared& shared) {
+template <class C, bool kShares>
+__device__ void produce(const Arguments& args, Shared<C>& shared) {
   Cursor<kQSlots> q_at;
-  Cursor<kStages> at;
-  for (int tile = tile_after<kShares>(args, -1); tile < args.num_tiles; tile = tile_after<kShares>(args, tile)) {
-    const Place place(args, tile, kGroups * kRows);
+  Cursor<C::kStages> at;
+  for (int tile = tile_after<C, kShares>(args, -1); tile < args.num_tiles; tile = tile_after<C, kShares>(args, tile)) {
+    const Place place(args, tile, C::kTileRows);
     References refs(args, place);
     if (!refs.more()) continue;
-    for (int w = 0; w < kGroups; w++) {
-      if (!takes_part<kShares>(args, tile, w)) continue;
+    for (int w = 0; w < C::kGroups; w++) {
+      if (!takes_part<C, kShares>(args, tile, w)) continue;
       Ring<kQSlots>& ring = shared.q_ring[w];
       wait(&ring.free[q_at.slot], q_at.round ^ 1);
       expect(&ring.filled[q_at.slot], kTileBytes);
@@ -90,34 +99,40 @@ __device__ void produce(const Arguments& args, Shared& shared) {
 }
 
 // A warpgroup of queries.
-template <typename Element, bool kShares>
-__device__ void consume(const Arguments& args, Shared& shared, int w) {
-  constexpr int kPacked = kKeys / 4, kHalf = kPacked / 2;
+template <typename Element, class C, bool kShares>
+__device__ void consume(const Arguments& args, Shared<C>& shared, int w) {
+  constexpr int kPacked = C::kKeys / 4, kHalf = kPacked / 2;
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32 % 4;
   const int pieces = args.pieces_per_tile;
   const bool whole_frames = args.last_piece_rows == args.piece_rows;
   const uint32_t zero = args.num_tiles < 0;  // but the compiler does not know
   Cursor<kQSlots> q_at;
-  Cursor<kStages> k_at, v_at;
-  Softmax<Element, kKeys> softmax(args.scale_log2);
-  float s[kKeys / 2], o[32];
+  int q_slot = -1;
+  Cursor<C::kStages> k_at, v_at;
+  Softmax<Element, C::kKeys> softmax(args.scale_log2);
+  float s[C::kKeys / 2], o[32];
   uint32_t p[kPacked], q[16];
-  int tile = tile_after<kShares>(args, -1);  // the tile of queries whose keys are being read
-  int first = 0;                             // of the pieces of a frame, the next tile's first
-  int left = 0;                              // pieces yet to be read for this tile of queries
+  int tile = tile_after<C, kShares>(args, -1);  // the tile of queries whose keys are being read
+  int first = 0;                                // of the pieces of a frame, the next tile's first
+  int left = 0;                                 // pieces yet to be read for this tile of queries
 
   const auto is_alone = [&](int tile) { return kShares && tile >= args.alone_from; };
   // Of a tile of K or V; who is alone does it for the others too.
   const auto release = [&](uint64_t* barrier, int tile) {
-    if (lane < (is_alone(tile) ? kGroups : 1)) ptx::mbarrier_arrive(barrier);
+    if (lane < (is_alone(tile) ? C::kGroups : 1)) ptx::mbarrier_arrive(barrier);
   };
   const auto take_turn = [&] { asm volatile("bar.sync %0, 256;" ::"r"(1 + w) : "memory"); };
   const auto give_turn = [&](int to) { asm volatile("bar.arrive %0, 256;" ::"r"(1 + to) : "memory"); };
   const auto start_scores = [&] {
     pin(s);
-    pin(q);
-    wgmma_fence();
-    multiply_transposed<Element>(s, q, tile_descriptor(shared.k[k_at.slot]));
+    if constexpr (C::kQInRegisters) {
+      pin(q);
+      wgmma_fence();
+      multiply_transposed<Element>(s, q, tile_descriptor(shared.k[k_at.slot]));
+    } else {
+      wgmma_fence();
+      multiply_transposed<Element>(s, tile_descriptor(shared.q[q_slot][w]), tile_descriptor(shared.k[k_at.slot]));
+    }
     wgmma_commit();
   };
   const auto start_output = [&] {
@@ -147,7 +162,7 @@ __device__ void consume(const Arguments& args, Shared& shared, int w) {
 
   // Writes o, and the logsumexp of its rows.
   const auto store = [&](int tile, const float (&o)[32], const float (&logsumexp)[2]) {
-    const Place place(args, tile, kGroups * kRows);
+    const Place place(args, tile, C::kTileRows);
     const int row = place.row + w * kRows;
     const int64_t line = (static_cast<int64_t>(place.clip) * args.heads + place.head) * args.groups + place.group;
     if (lane % 4 == 0)
@@ -177,14 +192,19 @@ __device__ void consume(const Arguments& args, Shared& shared, int w) {
   // Goes to the next tile of queries that has keys. False: there is none.
   bool skipped = false;
   const auto next_tile = [&] {
-    for (; tile < args.num_tiles; tile = tile_after<kShares>(args, tile)) {
-      if (!takes_part<kShares>(args, tile, w)) continue;
-      left = count_references(args, Place(args, tile, kGroups * kRows)) * args.pieces_per_frame;
+    for (; tile < args.num_tiles; tile = tile_after<C, kShares>(args, tile)) {
+      if (!takes_part<C, kShares>(args, tile, w)) continue;
+      left = count_references(args, Place(args, tile, C::kTileRows)) * args.pieces_per_frame;
       if (left > 0) {
         first = 0;
         wait(&shared.q_ring[w].filled[q_at.slot], q_at.round);
-        load_tile(shared.q[q_at.slot][w], q, warp, lane);
-        if (lane == 0) ptx::mbarrier_arrive(&shared.q_ring[w].free[q_at.slot]);
+        if constexpr (C::kQInRegisters) {
+          load_tile(shared.q[q_at.slot][w], q, warp, lane);
+          if (lane == 0) ptx::mbarrier_arrive(&shared.q_ring[w].free[q_at.slot]);
+        } else {
+          if (lane == 0 && q_slot >= 0) ptx::mbarrier_arrive(&shared.q_ring[w].free[q_slot]);
+          q_slot = q_at.slot;
+        }
         q_at.advance();
         return true;
       }
@@ -204,7 +224,7 @@ __device__ void consume(const Arguments& args, Shared& shared, int w) {
     while (true) {
       const int former = tile;
       if (left <= 0) {
-        tile = tile_after<kShares>(args, tile);
+        tile = tile_after<C, kShares>(args, tile);
         if (!next_tile()) {
           tile = former;
           break;
@@ -215,7 +235,7 @@ __device__ void consume(const Arguments& args, Shared& shared, int w) {
       if (!is_alone(tile)) take_turn();
       start_scores();
       start_output();
-      if (!is_alone(tile)) give_turn(w + 1 == kGroups ? 0 : w + 1);
+      if (!is_alone(tile)) give_turn(w + 1 == C::kGroups ? 0 : w + 1);
       wgmma_wait<1>();
       finish_scores();
       if (tile == former) {
@@ -256,21 +276,21 @@ __device__ void consume(const Arguments& args, Shared& shared, int w) {
   }
   if (skipped) {
     clear();
-    for (tile = tile_after<kShares>(args, -1); tile < args.num_tiles; tile = tile_after<kShares>(args, tile))
-      if (takes_part<kShares>(args, tile, w) && count_references(args, Place(args, tile, kGroups * kRows)) == 0)
+    for (tile = tile_after<C, kShares>(args, -1); tile < args.num_tiles; tile = tile_after<C, kShares>(args, tile))
+      if (takes_part<C, kShares>(args, tile, w) && count_references(args, Place(args, tile, C::kTileRows)) == 0)
         store(tile, o, {-INFINITY, -INFINITY});
   }
   if (threadIdx.x % 128 == 0) ptx::cp_async_bulk_wait_group(ptx::n32_t<0>());
 }
 
-template <typename Element, bool kShares>
-__global__ void __launch_bounds__((kGroups + 1) * 128, 1) forward(const __grid_constant__ Arguments args) {
+template <typename Element, class C, bool kShares>
+__global__ void __launch_bounds__(C::kThreads, 1) forward(const __grid_constant__ Arguments args) {
   extern __shared__ char dynamic[];
-  Shared& shared = *reinterpret_cast<Shared*>((reinterpret_cast<uintptr_t>(dynamic) + 1023) & ~uintptr_t{1023});
+  Shared<C>& shared = *reinterpret_cast<Shared<C>*>((reinterpret_cast<uintptr_t>(dynamic) + 1023) & ~uintptr_t{1023});
   if (threadIdx.x == 0) {
     for (auto& ring : shared.q_ring) ring.init(4);
-    shared.k_ring.init(4 * kGroups);
-    shared.v_ring.init(4 * kGroups);
+    shared.k_ring.init(4 * C::kGroups);
+    shared.v_ring.init(4 * C::kGroups);
     ptx::fence_mbarrier_init(ptx::sem_release, ptx::scope_cluster);
     prefetch_map(args.q);
     prefetch_map(args.out);
@@ -280,20 +300,20 @@ __global__ void __launch_bounds__((kGroups + 1) * 128, 1) forward(const __grid_c
   }
   __syncthreads();
   const int w = __shfl_sync(~0u, threadIdx.x / 128, 0);
-  if (w == kGroups) {
-    asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(32));
-    if (threadIdx.x == kGroups * 128) produce<kShares>(args, shared);
+  if (w == C::kGroups) {
+    if constexpr (C::kRegisters > 0) asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(32));
+    if (threadIdx.x == C::kGroups * 128) produce<C, kShares>(args, shared);
   } else {
-    asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(160));
-    consume<Element, kShares>(args, shared, w);
+    if constexpr (C::kRegisters > 0) asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(C::kRegisters));
+    consume<Element, C, kShares>(args, shared, w);
   }
 }
 
-template <typename Element>
+template <typename Element, class C>
 void launch(const PyramidForward& call, int device, cudaStream_t stream) {
   const PyramidShape& shape = call.shape;
   Arguments args;
-  set_gather(args, call, kGroups * kRows, kKeys);
+  set_gather(args, call, C::kTileRows, C::kKeys);
   const auto map = [&](const TensorView& tensor) {
     return tensor_map(tensor, shape.dtype, shape.batch, args.groups, args.rows, shape.heads, kRows);
   };
@@ -303,15 +323,30 @@ void launch(const PyramidForward& call, int device, cudaStream_t stream) {
   args.logsumexp = call.logsumexp;
   args.scale_log2 = shape.scale * static_cast<float>(M_LOG2E);
 
-  const int blocks = std::min(args.num_tiles * kGroups, num_processors(device)), rest = args.num_tiles % blocks;
-  const bool shares = rest > 0 && rest * kGroups <= blocks;
+  const int blocks = std::min(args.num_tiles * C::kGroups, num_processors(device)), rest = args.num_tiles % blocks;
+  const bool shares = rest > 0 && rest * C::kGroups <= blocks;
   args.alone_from = args.num_tiles - rest;
-  const auto kernel = shares ? forward<Element, true> : forward<Element, false>;
+  const auto kernel = shares ? forward<Element, C, true> : forward<Element, C, false>;
   static OncePerDevice once[2];
   prepare(once[shares], kernel, device);
-  kernel<<<shares ? blocks : std::min(args.num_tiles, blocks), (kGroups + 1) * 128, sizeof(Shared) + 1024, stream>>>(
-      args);
+  kernel<<<shares ? blocks : std::min(args.num_tiles, blocks), C::kThreads, sizeof(Shared<C>) + 1024, stream>>>(args);
   check(cudaGetLastError(), "pyramid_st_attn forward");
+}
+
+// Rows that tiles of `warpgroups` warpgroups compute for those of one group.
+int64_t padded_rows(const PyramidShape& shape, bool one_query, int warpgroups) {
+  const int64_t rows = one_query ? shape.frames * shape.tokens : shape.tokens, tile = warpgroups * kRows;
+  return (rows + tile - 1) / tile * tile;
+}
+
+// Four warpgroups have fewer registers each and read Q from shared memory: they are taken where three leave more than
+// a tenth more rows empty.
+template <typename Element>
+void choose(const PyramidForward& call, int device, cudaStream_t stream) {
+  if (11 * padded_rows(call.shape, call.one_query, 4) < 10 * padded_rows(call.shape, call.one_query, 3))
+    launch<Element, Config<4, 64, 7, 112, false>>(call, device, stream);
+  else
+    launch<Element, Config<3, 96, 6, 160, true>>(call, device, stream);
 }
 
 }  // namespace
@@ -319,9 +354,9 @@ void launch(const PyramidForward& call, int device, cudaStream_t stream) {
 void pyramid_st_attn_forward(const PyramidForward& args, int device, cudaStream_t stream) {
   const DeviceGuard guard(device);
   if (args.shape.dtype == DType::kBFloat16)
-    launch<__nv_bfloat16>(args, device, stream);
+    choose<__nv_bfloat16>(args, device, stream);
   else
-    launch<__half>(args, device, stream);
+    choose<__half>(args, device, stream);
 }
 
 }  // namespace univid
