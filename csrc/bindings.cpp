@@ -4,7 +4,10 @@
 
 #include <array>
 #include <optional>
+#include <tuple>
+#include <vector>
 
+#include "dual_stream.h"
 #include "pyramid.h"
 #include "temporal.h"
 
@@ -34,6 +37,10 @@ TemporalShape temporal_shape(const Sizes& sizes, double scale, DType dtype) {
       dtype};
 }
 
+DualStreamShape dual_stream_shape(const Sizes& sizes, double scale, DType dtype) {
+  return {sizes[0], sizes[3], sizes[1], sizes[2], static_cast<float>(scale), dtype};
+}
+
 // B, T, N, H, D, Tk, Nk, R
 using PyramidSizes = std::array<int64_t, 8>;
 
@@ -43,6 +50,25 @@ using Table = std::array<int64_t, 3>;
 PyramidShape pyramid_shape(const PyramidSizes& sizes, double scale, DType dtype) {
   const auto [B, T, N, H, D, Tk, Nk, R] = sizes;
   return {B, H, T, N, Tk, Nk, static_cast<int>(D), static_cast<int>(R), static_cast<float>(scale), dtype};
+}
+
+// L, of K: address, strides of B, L, H; the same of V; of the weight: what it is, the number, address, strides of B, T,
+// N; the logsumexp's address
+using KeyStreamArguments = std::tuple<int64_t, std::array<int64_t, 4>, std::array<int64_t, 4>, WeightType, double,
+                                      std::array<int64_t, 4>, int64_t>;
+
+KeyStream key_stream(const KeyStreamArguments& arguments) {
+  const auto& [length, k, v, type, number, weight, logsumexp] = arguments;
+  return {length,
+          {pointer<void>(k[0]), k[1], 0, k[2], k[3]},
+          {pointer<void>(v[0]), v[1], 0, v[2], v[3]},
+          type,
+          static_cast<float>(number),
+          pointer<const void>(weight[0]),
+          weight[1],
+          weight[2],
+          weight[3],
+          pointer<float>(logsumexp)};
 }
 
 // Why this module's CUDA runtime cannot use any device, or nothing.
@@ -64,6 +90,28 @@ PYBIND11_MODULE(_csrc, module) {
   py::enum_<DType>(module, "DType").value("BFLOAT16", DType::kBFloat16).value("FLOAT16", DType::kFloat16);
   module.attr("CUDA_VERSION") = CUDART_VERSION;
   module.def("problem", &problem);
+
+  py::enum_<WeightType>(module, "WeightType")
+      .value("NUMBER", WeightType::kNumber)
+      .value("FLOAT32", WeightType::kFloat32)
+      .value("BFLOAT16", WeightType::kBFloat16)
+      .value("FLOAT16", WeightType::kFloat16);
+
+  module.def("dual_stream_attn_fits", &dual_stream_attn_fits);
+
+  module.def(
+      "dual_stream_attn_forward",
+      [](const Sizes& sizes, double scale, DType dtype, const View& q, const std::vector<KeyStreamArguments>& streams,
+         bool one_query, uintptr_t out, int device, uintptr_t stream) {
+        dual_stream_attn_forward(
+            {dual_stream_shape(sizes, scale, dtype),
+             tensor(q),
+             {key_stream(streams.at(0)), streams.size() > 1 ? key_stream(streams[1]) : KeyStream{}},
+             one_query,
+             pointer<void>(out)},
+            device, stream_of(stream));
+      },
+      no_gil);
 
   module.def(
       "temporal_attn_forward",

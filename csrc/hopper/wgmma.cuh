@@ -48,8 +48,10 @@ __device__ inline void pin(T (&registers)[kSize]) {
 #define UNIVID_D32                                                         \
   "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, " \
   "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31"
+#define UNIVID_D44 UNIVID_D32 ", %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43"
 #define UNIVID_D48 UNIVID_D32 ", %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47"
 #define UNIVID_F4(d, i) "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3])
+#define UNIVID_F12(d, i) UNIVID_F4(d, i), UNIVID_F4(d, i + 4), UNIVID_F4(d, i + 8)
 #define UNIVID_F16(d, i) UNIVID_F4(d, i), UNIVID_F4(d, i + 4), UNIVID_F4(d, i + 8), UNIVID_F4(d, i + 12)
 
 // d = or += a · b, a in registers. BY_ROWS: a row of the tile in shared memory is one element of the sum (b itself),
@@ -79,31 +81,57 @@ UNIVID_WGMMA_32(multiply_by_columns, __half, "f16", "0")
 UNIVID_WGMMA_48(multiply_by_columns, __nv_bfloat16, "bf16", "0")
 UNIVID_WGMMA_48(multiply_by_columns, __half, "f16", "0")
 
-// d = or += a · b, both in shared memory. BY_ROWS: a row of either tile is one element of the sum, else one row of a (a
-// column of d).
-#define UNIVID_WGMMA_SHARED(NAME, ELEMENT, TYPE, BY_ROWS)                                                              \
-  template <bool kAdd>                                                                                                 \
-  __device__ inline void NAME(ELEMENT, float (&d)[32], uint64_t a, uint64_t b) {                                       \
-    asm volatile(                                                                                                      \
-        "{ .reg .pred add; setp.ne.b32 add, %34, 0;\n"                                                                 \
-        "wgmma.mma_async.sync.aligned.m64n64k16.f32." TYPE "." TYPE " {" UNIVID_D32 "}, %32, %33, add, 1, 1, " BY_ROWS \
-        ", " BY_ROWS "; }"                                                                                             \
-        : UNIVID_F16(d, 0), UNIVID_F16(d, 16)                                                                          \
-        : "l"(a), "l"(b), "n"(int{kAdd}));                                                                             \
+// The same by rows, kAdd being known only at run time.
+#define UNIVID_WGMMA_MAYBE_ADD(ELEMENT, TYPE)                                                                \
+  __device__ inline void multiply_by_rows(ELEMENT, float (&d)[32], const uint32_t* a, uint64_t b, int add) { \
+    asm volatile(                                                                                            \
+        "{ .reg .pred add; setp.ne.b32 add, %37, 0;\n"                                                       \
+        "wgmma.mma_async.sync.aligned.m64n64k16.f32." TYPE "." TYPE " {" UNIVID_D32                          \
+        "}, {%32, %33, %34, %35}, %36, add, 1, 1, 1; }"                                                      \
+        : UNIVID_F16(d, 0), UNIVID_F16(d, 16)                                                                \
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(add));                                     \
   }
 
-UNIVID_WGMMA_SHARED(multiply_by_rows, __nv_bfloat16, "bf16", "1")
-UNIVID_WGMMA_SHARED(multiply_by_rows, __half, "f16", "1")
-UNIVID_WGMMA_SHARED(multiply_by_columns, __nv_bfloat16, "bf16", "0")
-UNIVID_WGMMA_SHARED(multiply_by_columns, __half, "f16", "0")
+UNIVID_WGMMA_MAYBE_ADD(__nv_bfloat16, "bf16")
+UNIVID_WGMMA_MAYBE_ADD(__half, "f16")
 
+// d = or += a · b, both in shared memory. BY_ROWS: a row of either tile is one element of the sum, else one row of a (a
+// column of d).
+#define UNIVID_WGMMA_SHARED(NAME, ELEMENT, TYPE, N, SIZE, BY_ROWS, A, B, ADD, ...)                  \
+  template <bool kAdd>                                                                              \
+  __device__ inline void NAME(ELEMENT, float (&d)[SIZE], uint64_t a, uint64_t b) {                  \
+    asm volatile("{ .reg .pred add; setp.ne.b32 add, " ADD                                          \
+                 ", 0;\n"                                                                           \
+                 "wgmma.mma_async.sync.aligned.m64n" N "k16.f32." TYPE "." TYPE " {" UNIVID_D##SIZE \
+                 "}, " A ", " B ", add, 1, 1, " BY_ROWS ", " BY_ROWS "; }"                          \
+                 : __VA_ARGS__                                                                      \
+                 : "l"(a), "l"(b), "n"(int{kAdd}));                                                 \
+  }
+#define UNIVID_WGMMA_SHARED_32(NAME, ELEMENT, TYPE, BY_ROWS) \
+  UNIVID_WGMMA_SHARED(NAME, ELEMENT, TYPE, "64", 32, BY_ROWS, "%32", "%33", "%34", UNIVID_F16(d, 0), UNIVID_F16(d, 16))
+#define UNIVID_WGMMA_SHARED_44(NAME, ELEMENT, TYPE, BY_ROWS)                                         \
+  UNIVID_WGMMA_SHARED(NAME, ELEMENT, TYPE, "88", 44, BY_ROWS, "%44", "%45", "%46", UNIVID_F16(d, 0), \
+                      UNIVID_F16(d, 16), UNIVID_F12(d, 32))
+
+UNIVID_WGMMA_SHARED_32(multiply_by_rows, __nv_bfloat16, "bf16", "1")
+UNIVID_WGMMA_SHARED_32(multiply_by_rows, __half, "f16", "1")
+UNIVID_WGMMA_SHARED_32(multiply_by_columns, __nv_bfloat16, "bf16", "0")
+UNIVID_WGMMA_SHARED_32(multiply_by_columns, __half, "f16", "0")
+UNIVID_WGMMA_SHARED_44(multiply_by_columns, __nv_bfloat16, "bf16", "0")
+UNIVID_WGMMA_SHARED_44(multiply_by_columns, __half, "f16", "0")
+
+#undef UNIVID_WGMMA_SHARED_44
+#undef UNIVID_WGMMA_SHARED_32
 #undef UNIVID_WGMMA_SHARED
+#undef UNIVID_WGMMA_MAYBE_ADD
 #undef UNIVID_WGMMA_48
 #undef UNIVID_WGMMA_32
 #undef UNIVID_WGMMA
 #undef UNIVID_F16
+#undef UNIVID_F12
 #undef UNIVID_F4
 #undef UNIVID_D48
+#undef UNIVID_D44
 #undef UNIVID_D32
 
 // d (64 x 96 or 64 x 64) = a (64 x 64, 16 registers) · tileᵀ: starts the products.
@@ -114,9 +142,9 @@ __device__ inline void multiply_transposed(float (&d)[kSize], const uint32_t (&a
   for (int i = 1; i < 4; i++) multiply_by_columns<true>(Element{}, d, a + 4 * i, tile + 2 * i);
 }
 
-// d (64 x 64) = a (a tile) · tileᵀ: starts the products.
-template <typename Element>
-__device__ inline void multiply_transposed(float (&d)[32], uint64_t a, uint64_t tile) {
+// d (64 x 64 or 64 x 88) = a (a tile) · tileᵀ: starts the products.
+template <typename Element, int kSize>
+__device__ inline void multiply_transposed(float (&d)[kSize], uint64_t a, uint64_t tile) {
   multiply_by_columns<false>(Element{}, d, a, tile);
 #pragma unroll
   for (int i = 1; i < 4; i++) multiply_by_columns<true>(Element{}, d, a + 2 * i, tile + 2 * i);
@@ -135,6 +163,14 @@ template <typename Element, int kRegisters>
 __device__ inline void multiply_add(float (&d)[32], const uint32_t (&a)[kRegisters], uint64_t tile) {
 #pragma unroll
   for (int i = 0; i < kRegisters / 4; i++) multiply_by_rows<true>(Element{}, d, a + 4 * i, tile + 128 * i);
+}
+
+// d (64 x 64) = or += a (64 x K, K / 4 registers) · tile: starts the products.
+template <typename Element, int kRegisters>
+__device__ inline void multiply_maybe_add(float (&d)[32], const uint32_t (&a)[kRegisters], uint64_t tile, bool add) {
+  multiply_by_rows(Element{}, d, a, tile, add);
+#pragma unroll
+  for (int i = 1; i < kRegisters / 4; i++) multiply_by_rows<true>(Element{}, d, a + 4 * i, tile + 128 * i);
 }
 
 // Two floats rounded to neighbouring elements, `low` at the lower address.
