@@ -71,6 +71,10 @@ KeyStream key_stream(const KeyStreamArguments& arguments) {
           pointer<float>(logsumexp)};
 }
 
+std::array<KeyStream, 2> key_streams(const std::vector<KeyStreamArguments>& streams) {
+  return {key_stream(streams.at(0)), streams.size() > 1 ? key_stream(streams[1]) : KeyStream{}};
+}
+
 // Why this module's CUDA runtime cannot use any device, or nothing.
 std::optional<std::string> problem() {
   int count = 0;
@@ -103,13 +107,41 @@ PYBIND11_MODULE(_csrc, module) {
       "dual_stream_attn_forward",
       [](const Sizes& sizes, double scale, DType dtype, const View& q, const std::vector<KeyStreamArguments>& streams,
          bool one_query, uintptr_t out, int device, uintptr_t stream) {
+        const auto [first, second] = key_streams(streams);
         dual_stream_attn_forward(
-            {dual_stream_shape(sizes, scale, dtype),
-             tensor(q),
-             {key_stream(streams.at(0)), streams.size() > 1 ? key_stream(streams[1]) : KeyStream{}},
-             one_query,
-             pointer<void>(out)},
-            device, stream_of(stream));
+            {dual_stream_shape(sizes, scale, dtype), tensor(q), {first, second}, one_query, pointer<void>(out)}, device,
+            stream_of(stream));
+      },
+      no_gil);
+
+  module.def("dual_stream_attn_workspace",
+             // lengths: L of each stream
+             [](const Sizes& sizes, bool one_query, const std::array<int64_t, 2>& lengths, int device) {
+               return dual_stream_attn_workspace(dual_stream_shape(sizes, 1, DType::kBFloat16), one_query, lengths[0],
+                                                 lengths[1], device);
+             });
+
+  module.def(
+      "dual_stream_attn_backward",
+      // gradients: of each stream the addresses of dk, dv and deltas
+      [](const Sizes& sizes, double scale, DType dtype, const View& q, const View& grad, const View& out,
+         const View& dq, const std::vector<KeyStreamArguments>& streams,
+         const std::array<std::array<int64_t, 3>, 2>& gradients, bool one_query, uintptr_t workspace, int device,
+         uintptr_t stream) {
+        const auto [first, second] = key_streams(streams);
+        const auto of = [](const std::array<int64_t, 3>& x) {
+          return KeyGradients{pointer<void>(x[0]), pointer<void>(x[1]), pointer<float>(x[2])};
+        };
+        dual_stream_attn_backward({dual_stream_shape(sizes, scale, dtype),
+                                   tensor(q),
+                                   tensor(grad),
+                                   tensor(out),
+                                   tensor(dq),
+                                   {first, second},
+                                   {of(gradients[0]), of(gradients[1])},
+                                   one_query,
+                                   pointer<void>(workspace)},
+                                  device, stream_of(stream));
       },
       no_gil);
 

@@ -37,9 +37,28 @@ struct DualStreamForward {
   void* out;             // (B, T, N, H, D), contiguous
 };
 
+struct KeyGradients {
+  void *dk, *dv;  // (B, L, H, D), contiguous; null: not asked for, as below
+  float* delta;   // (B, H, T, N), contiguous: rowsum(P∘dP), P being the softmax before the weight
+};
+
+struct DualStreamBackward {
+  DualStreamShape shape;
+  TensorView q, grad;         // (B, T, N, H, D)
+  TensorView out, dq;         // (B, T, N, H, D), contiguous
+  KeyStream streams[2];       // the first exists
+  KeyGradients gradients[2];  // of the streams
+  bool one_query;             // stride_t = N · stride_n in q and grad
+  void* workspace;            // dual_stream_attn_workspace(...) bytes
+};
+
 // Whether the keys of both streams fit into shared memory.
 bool dual_stream_attn_fits(int64_t first_length, int64_t second_length);
 
 void dual_stream_attn_forward(const DualStreamForward& args, int device, cudaStream_t stream);
+
+int64_t dual_stream_attn_workspace(const DualStreamShape& shape, bool one_query, int64_t first_length,
+                                   int64_t second_length, int device);
+void dual_stream_attn_backward(const DualStreamBackward& args, int device, cudaStream_t stream);
 
 }  // namespace univid

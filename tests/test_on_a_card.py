@@ -446,7 +446,7 @@ def test_another_device(case, backend):
 def run_cuda_kernels():
     """Every CUDA kernel, on shapes with remainders; what compute-sanitizer watches. Prints how many calls ran."""
     ran = 0
-    for module in ("temporal", "pyramid"):
+    for cases in (("temporal", "temporal_qkv"), ("pyramid", "pyramid_qkv"), ("dual", "dual-text")):
         for dtype in (torch.bfloat16, torch.float16):
             for frames, tokens, heads, dim in (
                 (1, 1, 1, 8),
@@ -457,7 +457,7 @@ def run_cuda_kernels():
                 (33, 2, 1, 40),
                 (64, 3, 1, 64),
             ):
-                for case in (module, f"{module}_qkv"):
+                for case in cases:
                     inputs = arguments(case, dtype=dtype, B=2, T=frames, N=tokens, H=heads, D=dim)
                     inputs = {name: x.cuda() if isinstance(x, Tensor) else x for name, x in inputs.items()}
                     if refusal(case, inputs, "cuda") is None:

@@ -1,6 +1,5 @@
-"""Dual-stream attention through ``csrc/dual_stream_fwd.cu`` (Hopper): keys stay in shared memory, queries pass by.
-
-Forward only: its logsumexps are what Triton's backward takes.
+"""Dual-stream attention through ``csrc/dual_stream_{fwd,bwd,bwd_dq}.cu`` (Hopper): keys stay in shared memory, queries
+pass by.
 """
 
 from collections.abc import Sequence
@@ -8,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from univid.kernels.calls import DualStreamCall, Stream
+from univid.kernels.calls import DualStreamCall, Stream, StreamGrads
 from univid.kernels.cuda import extension, unavailable
 
 _DTYPES = {torch.bfloat16: "BFLOAT16", torch.float16: "FLOAT16"}
@@ -65,6 +64,40 @@ def forward(call: DualStreamCall) -> tuple[Tensor, Tensor, Tensor]:
     return out, lse_text, lse_image
 
 
+def backward(
+    call: DualStreamCall,
+    grad: Tensor,
+    out: Tensor,
+    lse_text: Tensor,
+    lse_image: Tensor,
+    dq: Tensor | None,
+    text_grads: StreamGrads | None,
+    image_grads: StreamGrads | None,
+) -> None:
+    q = call.q
+    if not _is_aligned(grad) or (grad.stride(2) == 0 and grad.shape[2] > 1):
+        grad = grad.clone(memory_format=torch.contiguous_format)
+    one_query = _is_one_query(q) and _is_one_query(grad)
+    weights = _readable_weights(call)
+    streams = _streams(call, weights, lse_text, lse_image)
+    gradients = [tuple(map(_address, grads)) for grads in (image_grads, text_grads) if grads is not None]
+    lengths = [stream[0] for stream in streams]
+    if len(streams) == 1:
+        gradients.append((0, 0, 0))
+        lengths.append(0)
+    size = extension().dual_stream_attn_workspace(tuple(q.shape), one_query, lengths, q.device.index)
+    workspace = torch.empty(size, dtype=torch.uint8, device=q.device)
+    extension().dual_stream_attn_backward(
+        *_shape(call),
+        *map(_view, (q, grad, out, dq)),
+        streams,
+        gradients,
+        one_query,
+        workspace.data_ptr(),
+        *_place(call),
+    )
+
+
 def _shape(call: DualStreamCall) -> tuple:
     return tuple(call.q.shape), call.scale, getattr(extension().DType, _DTYPES[call.q.dtype])
 
@@ -103,8 +136,12 @@ def _place(call: DualStreamCall) -> tuple[int, int]:
     return device.index, torch.cuda.current_stream(device).cuda_stream
 
 
-def _view(x: Tensor) -> tuple[int, ...]:
-    return (x.data_ptr(), *x.stride()[:4])
+def _address(x: Tensor | None) -> int:
+    return 0 if x is None else x.data_ptr()
+
+
+def _view(x: Tensor | None) -> tuple[int, ...]:
+    return (0,) * 5 if x is None else (x.data_ptr(), *x.stride()[:4])
 
 
 def _is_aligned(x: Tensor) -> bool:
