@@ -9,12 +9,13 @@
 // head) slowest, so that the K and V in use stay in L2. What is left for a last round is shared out by warpgroups where
 // that gives a block one at the most: alone it takes about two thirds of the time of three (417 for 404 TFLOP/s at f4).
 //
-// Registers of a lane: 48 scores, 24 + 12 of P, 32 of O, 16 of Q, of 160. Shared memory: 16 KB of Q and 8 KB of O a
-// warpgroup, 24 KB a stage of K and V: 217 KB of 227.
+// Of three warpgroups, registers of a lane: 48 scores, 24 + 12 of P, 32 of O, 16 of Q, of 160; shared memory: 16 KB of
+// Q and 8 KB of O a warpgroup, 24 KB a stage of K and V: 217 KB of 227. Of four, with tiles of 64 keys: 112 registers,
+// 16 KB a stage, Q stays in shared memory.
 //
-// Measured 2026-11-23 on one H200 (B = 2, T = 24, D = 64, bfloat16, do_bench after rests; 8192³ product 770), TFLOP/s
-// at N/H/R = 2880/5/3, 720/10/6, 180/20/12, 45/20/24: 559-600, 528-543, 406, 82 with a row a frame; 560-599, 553-581,
-// 460, 278 with a shared row.
+// Measured 2026-11-23 on one H200 (B = 2, T = 24, D = 64, bfloat16, replays of a graph; 8192³ product 723), TFLOP/s at
+// N/H/R = 2880/5/3, 720/10/6, 180/20/12, 45/20/24: 557, 539, 465, 354 with a row a frame; 543, 557, 499, 354 with a
+// shared row; at 1024/8/4 562, 4096/8/2 563, 256/16/16 570.
 #include <algorithm>
 #include <cmath>
 
@@ -339,11 +340,11 @@ int64_t padded_rows(const PyramidShape& shape, bool one_query, int warpgroups) {
   return (rows + tile - 1) / tile * tile;
 }
 
-// Four warpgroups have fewer registers each and read Q from shared memory: they are taken where three leave more than
-// a tenth more rows empty.
+// Four warpgroups have fewer registers each and read Q from shared memory: 0.95 of the rate, where neither leaves rows
+// empty. They are taken where three compute 2.5% more rows.
 template <typename Element>
 void choose(const PyramidForward& call, int device, cudaStream_t stream) {
-  if (11 * padded_rows(call.shape, call.one_query, 4) < 10 * padded_rows(call.shape, call.one_query, 3))
+  if (40 * padded_rows(call.shape, call.one_query, 4) < 39 * padded_rows(call.shape, call.one_query, 3))
     launch<Element, Config<4, 64, 7, 112, false>>(call, device, stream);
   else
     launch<Element, Config<3, 96, 6, 160, true>>(call, device, stream);

@@ -119,7 +119,8 @@ def reference_frames(unet: UNet, num_frames: int, generator: torch.Generator, de
 
     def moved(refs: ReferenceFrames) -> ReferenceFrames:
         table, rows, inverse = (to_device(x, device) for x in (refs.table, refs.rows, refs.inverse))
-        return ReferenceFrames(table, refs.num_key_frames, refs.padded, rows, inverse)
+        joined = refs.joined and moved(refs.joined)
+        return ReferenceFrames(table, refs.num_key_frames, refs.padded, rows, inverse, joined)
 
     return {f: moved(refs) for f, refs in unet.reference_frames(num_frames, "cpu", generator).items()}
 
