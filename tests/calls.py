@@ -27,9 +27,20 @@ OPERATOR = {
     "norm": "group_norm_silu",
     "norm-float32": "group_norm_silu",  # float32 affine parameters, no activation
     "geglu": "geglu",
+    "layer": "layer_norm",
 }
-OPERATORS = ("pyramid", "pyramid_qkv", "temporal", "temporal_qkv", "dual", "conv", "norm", "geglu")  # each one once
-KEEPS_DTYPE = ("norm", "norm-float32", "geglu")  # of x, under autocast too
+OPERATORS = (
+    "pyramid",
+    "pyramid_qkv",
+    "temporal",
+    "temporal_qkv",
+    "dual",
+    "conv",
+    "norm",
+    "geglu",
+    "layer",
+)  # each one once
+KEEPS_DTYPE = ("norm", "norm-float32", "geglu", "layer")  # of x, under autocast too
 
 every_case = pytest.mark.parametrize("case", OPERATOR)
 every_operator = pytest.mark.parametrize("case", OPERATORS)
@@ -83,6 +94,9 @@ def arguments(case, seed=0, *, device="cpu", dtype=torch.float32, B=B, T=T, N=N,
             return {"x": randn(B, N, channels), "num_groups": 2} | affine | {"eps": 1e-5, "silu": False}
         case "geglu":
             return {"x": randn(B, T, N, 2 * channels)}
+        case "layer":
+            affine = each("weight bias", channels)
+            return {"x": randn(B, T, N, channels)} | affine | {"eps": 1e-5, "offset": randn(T, channels)}
 
 
 def leaves(inputs):

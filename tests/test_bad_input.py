@@ -49,6 +49,13 @@ def arguments(operator):
             "eps": 1e-5,
         },
         "geglu": lambda: {"x": randn(B, T, N, 2 * C)},
+        "layer_norm": lambda: {
+            "x": randn(B, T, N, C),
+            "weight": randn(C),
+            "bias": randn(C),
+            "eps": 1e-5,
+            "offset": randn(T, C),
+        },
     }[operator]()
 
 
@@ -203,6 +210,7 @@ EMPTY_SHAPES = [  # T = 0, and other dimensions that may not be empty
     ("temporal_conv", "weight", (C_OUT, C, 0)),
     ("group_norm_silu", "x", (B, N, 0)),
     ("geglu", "x", (B, T, N, 0)),
+    ("layer_norm", "x", (B, T, N, 0)),
 ]
 
 

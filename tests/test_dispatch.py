@@ -31,6 +31,7 @@ def calls():
         "temporal_conv": (torch.randn(B, T, N, C), torch.randn(C, C, 3)),
         "group_norm_silu": (torch.randn(B, N, C), 3, torch.randn(C), torch.randn(C), 1e-5),
         "geglu": (torch.randn(B, T, N, C),),
+        "layer_norm": (torch.randn(B, T, N, C), torch.randn(C), torch.randn(C), 1e-5),
     }
 
 
@@ -360,7 +361,7 @@ calls = [
     (ops.pyramid_st_attn, (q, k, v, refs)), (ops.pyramid_st_attn_qkv, (qkv, refs)), (ops.dual_stream_attn, (q, *keys)),
     (ops.temporal_attn, (q, k, v)), (ops.temporal_attn_qkv, (qkv,)),
     (ops.temporal_conv, (x, torch.randn(6, 6, 3, requires_grad=True))), (ops.group_norm_silu, (x[0], 3, c, c, 1e-5)),
-    (ops.geglu, (q[0],)),
+    (ops.geglu, (q[0],)), (ops.layer_norm, (x, c, c, 1e-5)),
 ]
 for operator, args in calls:
     for backend in (None, "torch", "reference"):

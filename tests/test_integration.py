@@ -113,7 +113,8 @@ def test_compile_takes_changing_tables(raw):
 
 
 def test_compile_takes_every_kind_of_table():
-    """A kind of its own are tables with padding, and those whose rows are equal: each is compiled once."""
+    """A kind of its own are tables with padding, those whose rows are equal, and those that list all frames: each is compiled
+    once."""
     call, compilations = compiled(ops.pyramid_st_attn, dynamic=True)
     q, k, v = torch.randn(3, 2, 6, 7, 3, 8)
     kinds = [
@@ -126,7 +127,7 @@ def test_compile_takes_every_kind_of_table():
     ]
     for refs in kinds * 2:
         torch.testing.assert_close(call(q, k, v, refs), ops.pyramid_st_attn(q, k, v, refs))
-    assert compilations() == 3
+    assert compilations() == 4
 
 
 def test_compile_takes_changing_weights():
@@ -172,14 +173,13 @@ def test_gradients_nobody_asked_for(case, backend, runs):
         torch.testing.assert_close(asked.grad, full[name])
         assert all(inputs[other].grad is None for other in names if other != name)
         backward = [args for direction, args, _ in runs if direction == "backward"]
-        if name == "residual":
-            assert not backward  # it is the incoming gradient
+        if name in ("residual", "offset"):
+            assert not backward  # it is the incoming gradient, or a sum of it
         elif name != "qkv":
             (args,) = backward
             kind = case.split("-")[0]
-            first = {"pyramid": 4, "temporal": 3, "dual": 5, "conv": 2, "norm": 4, "geglu": 2}[
-                kind
-            ]  # past call, grad, statistics
+            # Past call, grad, statistics.
+            first = {"pyramid": 4, "temporal": 3, "dual": 5, "conv": 2, "norm": 4, "geglu": 2, "layer": 2}[kind]
             assert sum(x is not None for x in slots(args[first:])) == 1
     inputs = arguments(case)
     runs.clear()

@@ -57,6 +57,11 @@ def _geglu(channels: int) -> torch.Tensor:
     return ops.geglu(_leaf(1, 8, 720, 2 * channels), **ON)
 
 
+def _layer_norm(channels: int) -> torch.Tensor:
+    affine = (_leaf(channels), _leaf(channels))
+    return ops.layer_norm(_leaf(1, 8, 720, channels), *affine, 1e-5, offset=_leaf(8, channels), **ON)
+
+
 # By name; D = 64 and channels of Stable Diffusion first, then what is padded or odd.
 CALLS: dict[str, Callable[[], torch.Tensor]] = {
     "pyramid-64": partial(_pyramid, 64, ReferenceFrames.pyramid(8, 3)),
@@ -77,6 +82,8 @@ CALLS: dict[str, Callable[[], torch.Tensor]] = {
     "group_norm-1280": partial(_group_norm, 1280, 45),
     "geglu-1280": partial(_geglu, 1280),
     "geglu-40": partial(_geglu, 40),
+    "layer_norm-320": partial(_layer_norm, 320),
+    "layer_norm-1280": partial(_layer_norm, 1280),
 }
 # Bytes of a thread's stack frame, where registers spill to. At 255 registers some invariants of a loop do.
 MAX_STACK = 448

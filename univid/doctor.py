@@ -166,6 +166,15 @@ def cases(device: torch.device, dtype: torch.dtype) -> list[Case]:
             {},
             lambda x, a: reference.geglu(x["x"], a),
         ),
+        Case(
+            "layer_norm",
+            f"B{clips} T{frames} N{tokens} C{channels}",
+            {"x": make(clips, frames, tokens, channels), "weight": make(channels), "bias": make(channels)},
+            {"eps": 1e-5},
+            lambda x, a: reference.layer_norm(
+                x["x"].flatten(0, 2), x["weight"], x["bias"], 1e-5, None, tokens, a
+            ).view_as(x["x"]),
+        ),
     ]
 
 

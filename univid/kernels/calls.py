@@ -101,6 +101,19 @@ class GegluCall(NamedTuple):
     x: Tensor  # (M, 2C): a and b
 
 
+class LayerNormCall(NamedTuple):
+    """``forward -> out`` (M, C) in x's dtype; ``backward(call, grad, dx, dweight, dbias)``, grad (M, C); an offset's gradient
+    is a sum of ``grad``.
+    """
+
+    x: Tensor  # (M, C), M = B·T·N
+    weight: Tensor  # (C,), x's dtype or float32, any stride
+    bias: Tensor  # (C,), as weight
+    eps: float
+    offset: Tensor | None  # (T, C), x's dtype or float32
+    tokens: int  # N
+
+
 class GroupNormSiluCall(NamedTuple):
     """``forward -> (out, mean, rstd)``; ``backward(call, grad, mean, rstd, dx, dweight, dbias)``.
 

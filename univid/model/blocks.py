@@ -20,6 +20,7 @@ from univid.ops import (
     dual_stream_attn,
     geglu,
     group_norm_silu,
+    layer_norm,
     pyramid_st_attn_qkv,
     temporal_attn_qkv,
     temporal_conv,
@@ -147,6 +148,17 @@ class GroupNorm(nn.GroupNorm):
         return y.view_as(x)
 
 
+class LayerNorm(nn.LayerNorm):
+    """LayerNorm of every token; ``offset (T, C)`` is added to those of each frame."""
+
+    def __init__(self, config: UNetConfig, channels: int):
+        super().__init__(channels)
+        self.backend = config.backend
+
+    def forward(self, x: Tensor, offset: Tensor | None = None) -> Tensor:
+        return layer_norm(x, self.weight, self.bias, self.eps, offset=offset, backend=self.backend)
+
+
 # --- transformers -----------------------------------------------------------------------------------------------------
 
 
@@ -175,7 +187,7 @@ class Transformer(nn.Module):
         text_weight: Weight = 1.0,
         image_weight: Weight = 1.0,
     ) -> Tensor:
-        """x ``(B, T, h, w, C)``, position ``(T, 1, C)`` of the frames; text, image as :class:`DualStreamAttention` takes them."""
+        """x ``(B, T, h, w, C)``, position ``(T, C)`` of the frames; text, image as :class:`DualStreamAttention` takes them."""
         h = self.proj_in(self.norm(x).flatten(2, 3))
         for block in self.transformer_blocks:  # one
             h = block(h, refs, position, text, image, text_weight, image_weight)
@@ -187,12 +199,12 @@ class TransformerBlock(nn.Module):
 
     def __init__(self, config: UNetConfig, channels: int):
         super().__init__()
-        self.norm1 = nn.LayerNorm(channels)
+        self.norm1 = LayerNorm(config, channels)
         self.attn1 = PyramidAttention(config, channels)
-        self.norm2 = nn.LayerNorm(channels)
+        self.norm2 = LayerNorm(config, channels)
         self.attn2 = DualStreamAttention(config, channels)
         self.attn_temporal = TemporalAttention(config, channels) if config.temporal_attention else None
-        self.norm3 = nn.LayerNorm(channels)
+        self.norm3 = LayerNorm(config, channels)
         self.ff = FeedForward(config, channels)
 
     def forward(
@@ -289,12 +301,12 @@ class TemporalAttention(nn.Module):
         super().__init__()
         self.head_dim = config.head_dim
         self.backend = config.backend
-        self.norm = nn.LayerNorm(channels)
+        self.norm = LayerNorm(config, channels)
         self.to_qkv = nn.Linear(channels, 3 * channels, bias=False)
         self.to_out = nn.Sequential(ZeroLinear(channels, channels))
 
     def forward(self, x: Tensor, position: Tensor) -> Tensor:
-        qkv = self.to_qkv(self.norm(x) + position).unflatten(-1, (3, -1, self.head_dim))
+        qkv = self.to_qkv(self.norm(x, position)).unflatten(-1, (3, -1, self.head_dim))
         return self.to_out(temporal_attn_qkv(qkv, backend=self.backend).flatten(-2))
 
 

@@ -9,6 +9,7 @@ from univid.ops.dual_stream import dual_stream_attn
 from univid.ops.explain import explain
 from univid.ops.geglu import geglu
 from univid.ops.group_norm import group_norm_silu
+from univid.ops.layer_norm import layer_norm
 from univid.ops.pyramid import pyramid_st_attn, pyramid_st_attn_qkv
 from univid.ops.reference_frames import ReferenceFrames
 from univid.ops.temporal import temporal_attn, temporal_attn_qkv
@@ -21,6 +22,7 @@ __all__ = [
     "explain",
     "geglu",
     "group_norm_silu",
+    "layer_norm",
     "pyramid_st_attn",
     "pyramid_st_attn_qkv",
     "temporal_attn",

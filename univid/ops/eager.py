@@ -19,6 +19,7 @@ from univid.kernels.calls import (
     DualStreamCall,
     GegluCall,
     GroupNormSiluCall,
+    LayerNormCall,
     PyramidCall,
     Stream,
     StreamGrads,
@@ -221,6 +222,15 @@ def _geglu(call: GegluCall) -> Tensor:
     return a * F.gelu(b)
 
 
+def _layer_norm(call: LayerNormCall) -> Tensor:
+    dtype = torch.promote_types(call.x.dtype, torch.float32)
+    x, weight, bias = (t.to(dtype) for t in (call.x, call.weight, call.bias))
+    out = F.layer_norm(x, weight.shape, weight, bias, call.eps)
+    if call.offset is not None:
+        out = (out.view(-1, len(call.offset), call.tokens, x.shape[1]) + call.offset[:, None]).view(out.shape)
+    return out.to(call.x.dtype)
+
+
 def _aligned(x: Tensor) -> Tensor:
     """``x``, copied where SDPA's kernels, which read 16 bytes at a time on a GPU, would not find it."""
     unit = 16 // x.element_size() or 1
@@ -265,6 +275,10 @@ def _reference_geglu(call: GegluCall) -> Tensor:
     return reference.geglu(*call)
 
 
+def _reference_layer_norm(call: LayerNormCall) -> Tensor:
+    return reference.layer_norm(*call)
+
+
 _QKV = ("q", "k", "v")
 _AFFINE = ("x", "weight", "bias")
 
@@ -276,6 +290,7 @@ BACKENDS = {
         "temporal_conv": Eager(_temporal_conv, _AFFINE),
         "group_norm": Eager(_group_norm_silu, _AFFINE),
         "geglu": Eager(_geglu, ("x",)),
+        "layer_norm": Eager(_layer_norm, _AFFINE),
     },
     "reference": {
         "pyramid": Eager(_reference_pyramid, _QKV),
@@ -284,5 +299,6 @@ BACKENDS = {
         "temporal_conv": Eager(_reference_temporal_conv, _AFFINE),
         "group_norm": Eager(_reference_group_norm_silu, _AFFINE),
         "geglu": Eager(_reference_geglu, ("x",)),
+        "layer_norm": Eager(_reference_layer_norm, _AFFINE),
     },
 }

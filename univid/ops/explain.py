@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from univid.kernels.calls import GroupNormSiluCall, TemporalConvCall
-from univid.ops import dispatch, dual_stream, geglu, group_norm, pyramid, temporal, temporal_conv
+from univid.ops import dispatch, dual_stream, geglu, group_norm, layer_norm, pyramid, temporal, temporal_conv
 
 
 class _Operator(NamedTuple):
@@ -24,6 +24,7 @@ _OPERATORS = {
     "temporal_conv": _Operator("temporal_conv", temporal_conv._arguments, lambda *a: TemporalConvCall(*a[:-1])),
     "group_norm_silu": _Operator("group_norm", group_norm._arguments, lambda *a: GroupNormSiluCall(*a[:-1])),
     "geglu": _Operator("geglu", geglu._arguments, lambda *a: geglu._call(*a[:-1])),
+    "layer_norm": _Operator("layer_norm", layer_norm._arguments, lambda *a: layer_norm._call(*a[:-1])),
 }
 
 

@@ -103,6 +103,25 @@ def geglu(x: Tensor, accumulate: torch.dtype | None = None) -> Tensor:
     return (a * (b * (0.5 * (1 + (b * 0.5**0.5).erf())))).to(x.dtype)
 
 
+def layer_norm(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    eps: float,
+    offset: Tensor | None,
+    tokens: int,
+    accumulate: torch.dtype | None = None,
+) -> Tensor:
+    """LayerNorm of each row of x (M, C), and the row ``(m // tokens) % T`` of offset (T, C) added."""
+    x_, weight_, bias_ = _promote(accumulate, x, weight, bias)
+    centred = x_ - x_.mean(-1, keepdim=True)
+    out = centred * (centred.square().mean(-1, keepdim=True) + eps).rsqrt() * weight_ + bias_
+    if offset is not None:
+        row = torch.arange(len(x), device=x.device) // tokens % len(offset)
+        out = out + offset.to(out.dtype)[row]
+    return out.to(x.dtype)
+
+
 def _promote(accumulate: torch.dtype | None, *tensors: Tensor) -> tuple[Tensor, ...]:
     accumulate = accumulate or torch.promote_types(tensors[0].dtype, torch.float32)
     return tuple(t.to(accumulate) for t in tensors)

@@ -256,6 +256,13 @@ def backward(
         if dx is not None:
             strides = (*strides, strides_of(dx), *affine)
             _INPUT_GRADIENT(parts, *inputs, means, dx, *strides, rows, key=key, **constants)
+    if sums is not None:
+        affine_gradients(sums, dweight, dbias)
+
+
+def affine_gradients(sums: Tensor, dweight: Tensor | None, dbias: Tensor | None) -> None:
+    """Adds up the sums (M, 2, C) of dz and of dz·x̂ over M, float32, in a fixed order."""
+    images, _, channels = sums.shape
     if dweight is not None or dbias is not None:
         ends = [0 if tensor is None else tensor.stride(0) for tensor in (dweight, dbias)]
         _AFFINE_GRADIENTS(
