@@ -224,8 +224,10 @@ def _geglu(call: GegluCall) -> Tensor:
 
 def _layer_norm(call: LayerNormCall) -> Tensor:
     dtype = torch.promote_types(call.x.dtype, torch.float32)
-    x, weight, bias = (t.to(dtype) for t in (call.x, call.weight, call.bias))
-    out = F.layer_norm(x, weight.shape, weight, bias, call.eps)
+    x = call.x.to(dtype)
+    # Not F.layer_norm: as F.group_norm, it loses digits of large means on a GPU.
+    var, mean = torch.var_mean(x, -1, correction=0, keepdim=True)
+    out = (x - mean) * (var + call.eps).rsqrt() * call.weight + call.bias
     if call.offset is not None:
         out = (out.view(-1, len(call.offset), call.tokens, x.shape[1]) + call.offset[:, None]).view(out.shape)
     return out.to(call.x.dtype)
