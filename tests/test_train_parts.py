@@ -1,5 +1,6 @@
 """The trainer's parts by themselves: configuration, draws, noise, export."""
 
+import importlib
 import itertools
 import json
 import shutil
@@ -85,6 +86,16 @@ def test_what_is_wrong_is_said_in_one_line(tmp_path, capsys):
 
 
 # --- what a step is about -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["fsdp", "bench", "record", "export", "shapes_vae", "shapes_clip"])
+def test_every_command_helps(name, capsys):
+    module = importlib.import_module(f"train.{name}")
+    assert module.main(["--help"]) == 0
+    printed = capsys.readouterr().out
+    assert f"train/{name}.py" in printed
+    if name in ("fsdp", "bench"):
+        assert "  optimizer.lr=0.0001\n" in printed and "  streams.video.batch_size=8\n" in printed
 
 
 def test_the_rate_rises_and_falls():

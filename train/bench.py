@@ -20,7 +20,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))  # the folder that holds univ
 
 import torch
 
-from train.config import Config, Model, load
+from train.config import Config, Model, asks_for_help, load
 from train.fsdp import Trainer
 from train.processes import processes
 
@@ -108,13 +108,19 @@ def scaling(counts: Sequence[int], arguments: Sequence[str]) -> None:
 
 
 def main(arguments: Sequence[str]) -> int:
+    if asks_for_help(arguments, __doc__, Config):
+        return 0
     own = dict(a.split("=", 1) for a in arguments if a.startswith(("seconds=", "out=", "processes=")))
     rest = [a for a in arguments if a.split("=", 1)[0] not in own]
     if "processes" in own:
         scaling([int(n) for n in own["processes"].split(",")], [a for a in arguments if not a.startswith("processes=")])
         return 0
     with tempfile.TemporaryDirectory() as run:
-        config = load(Config, None, [*FULL_SIZE, f"run={run}", *rest])
+        try:
+            config = load(Config, None, [*FULL_SIZE, f"run={run}", *rest])
+        except ValueError as error:
+            print(f"bench: {error}", file=sys.stderr)
+            return 2
         measure(config, float(own.get("seconds", 20)), Path(own["out"]) if "out" in own else None)
     return 0
 

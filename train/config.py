@@ -177,8 +177,38 @@ class _Text(str):
     """A value as it was typed."""
 
 
-def command(name: str, run: Callable[[C], object], cls: type[C], arguments: Sequence[str]) -> int:
+def asks_for_help(arguments: Sequence[str], doc: str | None, cls: type | None = None) -> bool:
+    """Whether ``--help`` is among the arguments; then what a command's module says of itself, and the keys with their
+    defaults, are printed."""
+    if not {"-h", "--help"} & set(arguments):
+        return False
+    print((doc or "").strip())
+    if cls is not None:
+        print("\nKeys and their defaults:")
+        print("\n".join(f"  {key}={value}" for key, value in _defaults(cls, "")))
+    return True
+
+
+def _defaults(cls: Any, prefix: str) -> Iterator[tuple[str, str]]:
+    for entry in dataclasses.fields(cls):
+        key, value = f"{prefix}{entry.name}", entry.default
+        if entry.default_factory is not dataclasses.MISSING:
+            value = entry.default_factory()
+        if dataclasses.is_dataclass(value):
+            yield from _defaults(value, f"{key}.")
+        elif isinstance(value, dict) and all(map(dataclasses.is_dataclass, value.values())) and value:
+            for name, of_name in value.items():
+                yield from _defaults(of_name, f"{key}.{name}.")
+        else:
+            yield key, "" if value is dataclasses.MISSING else str(value)
+
+
+def command(
+    name: str, run: Callable[[C], object], cls: type[C], arguments: Sequence[str], doc: str | None = None
+) -> int:
     """``[config.toml] [key=value ...]``: run with that configuration; what is wrong is one line, and exit code 2."""
+    if asks_for_help(arguments, doc, cls):
+        return 0
     path = None
     if arguments and "=" not in arguments[0]:
         path, *arguments = arguments

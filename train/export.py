@@ -20,7 +20,7 @@ import torch.distributed.checkpoint as dcp
 from torch import Tensor
 
 from train.checkpoint import checkpoints, read_state
-from train.config import Config, load
+from train.config import Config, asks_for_help, load
 from train.parts import Parts
 from train.sharding import Denoiser
 from train.validation import assemble
@@ -81,6 +81,8 @@ def read_weights(checkpoint: Path, kind: str) -> dict[str, Tensor]:
 
 
 def main(arguments: Sequence[str]) -> int:
+    if asks_for_help(arguments, __doc__, Export):
+        return 0
     try:
         if len(arguments) < 2:
             raise ValueError("arguments: RUN and OUT needed, two folders")

@@ -20,7 +20,7 @@ import torch
 import torch.distributed as dist
 
 from train.checkpoint import Checkpoints, check_architecture
-from train.config import CONFIGS, Config, load
+from train.config import CONFIGS, Config, asks_for_help, load
 from train.data import Conditioned, Encoder, open_source
 from train.diffusion import Diffusion
 from train.export import pipeline_of
@@ -180,6 +180,8 @@ class Trainer:
 
 def main(arguments: Sequence[str]) -> int:
     started = time.perf_counter()
+    if asks_for_help(arguments, __doc__, Config):
+        return 0
     path: str | Path | None = CONFIGS / "shapes.toml"
     if arguments and "=" not in arguments[0]:
         path, *arguments = arguments

@@ -15,9 +15,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).parents[1]
-sys.path.insert(0, str(ROOT))  # the folder that holds univid/ and train/
+sys.path.insert(0, str(Path(__file__).parents[1]))  # the folder that holds univid/ and train/
 
+from train.config import asks_for_help
+
+ROOT = Path(__file__).parents[1]
 RESULTS = Path(__file__).parent / "results"
 PAGE = ROOT / "docs" / "training.md"
 BEGIN, END = "<!-- measured -->", "<!-- /measured -->"
@@ -155,6 +157,8 @@ def write_page() -> None:
 
 
 def main(arguments: Sequence[str]) -> int:
+    if asks_for_help(arguments, f"{__doc__}\nCases: {', '.join(CASES)}"):
+        return 0
     names = [name for name in arguments if name != "--page"]
     if unknown := [name for name in names if name not in CASES]:
         print(f"record: got case {unknown[0]!r}, needs one of {', '.join(CASES)}", file=sys.stderr)

@@ -224,7 +224,7 @@ def held_out_scores(tasks: Tasks, clip: Clip, world: Shapes, size: int) -> dict[
 
 
 def main(arguments: Sequence[str]) -> int:
-    return command("shapes_clip", train, Config, arguments)
+    return command("shapes_clip", train, Config, arguments, __doc__)
 
 
 if __name__ == "__main__":

@@ -146,7 +146,7 @@ def train(config: Config) -> Autoencoder:
 
 
 def main(arguments: Sequence[str]) -> int:
-    return command("shapes_vae", train, Config, arguments)
+    return command("shapes_vae", train, Config, arguments, __doc__)
 
 
 if __name__ == "__main__":
