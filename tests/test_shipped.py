@@ -1,5 +1,6 @@
 """The model of the shapes world that ships in the package: its parts do what they were trained for."""
 
+import pytest
 import torch
 import torch.nn.functional as F
 
@@ -9,9 +10,34 @@ from univid.data.autoencoder import load_autoencoder
 from univid.data.clip import load_clip
 from univid.data.judge import judge
 from univid.data.shapes import COLOURS, SHAPES, Shapes, held_out
+from univid.pipeline import UniVidPipeline
 
 WORLD = Shapes()
 CLIPS = 32
+
+
+@pytest.fixture(scope="module")
+def pipe():
+    return UniVidPipeline.from_pretrained("shapes")
+
+
+def test_it_fits():
+    files = list(find("shapes").rglob("*.safetensors"))
+    assert len(files) == 4
+    assert max(path.stat().st_size for path in files) <= 16 * 2**20
+    assert sum(path.stat().st_size for path in files) <= 24.05e6
+
+
+def test_text_to_video(pipe):
+    seen = judge(torch.from_numpy(pipe("a red star moves left", steps=10, seed=0).frames)).names(0)
+    assert (seen["colour"], seen["shape"], seen["motion"]) == ("red", "star", "left")
+
+
+def test_image_and_text_to_video(pipe):
+    attributes = WORLD.sample(held_out(1), motion="up")
+    picture = WORLD.render(attributes, frames=(0,))[0, 0].numpy()
+    seen = judge(torch.from_numpy(pipe("it moves up", image=picture, steps=10, seed=0).frames)).right(attributes)
+    assert all(seen[part] for part in ("colour", "shape", "motion"))
 
 
 def test_autoencoder_keeps_what_is_judged():

@@ -262,6 +262,8 @@ def test_a_piece_of_a_run_is_timed_and_exported_and_the_next_one_starts_from_it(
     for part in ("unet", "image_adapter"):
         files = [tmp_path / out / part / "diffusion_pytorch_model.safetensors" for out in ("out", "again")]
         assert files[0].read_bytes() == files[1].read_bytes()
+    history = json.loads((tmp_path / "out" / "unet" / "training.json").read_text())
+    assert [(piece["stage"], piece["steps"], piece["streams"]["video"]["pool"]) for piece in history] == [("t2v", 2, 3)]
     arguments[:5] = [f"run={tmp_path / 'two'}", f"model.start={tmp_path / 'out'}", "steps=1", "stage=joint", "seed=2"]
     with processes(device="cpu") as joined:
         from train.fsdp import Trainer

@@ -6,6 +6,7 @@ adapters is to start.
 
 from __future__ import annotations
 
+import json
 import sys
 import warnings
 from collections.abc import Sequence
@@ -24,10 +25,13 @@ from train.config import Config, asks_for_help, load
 from train.parts import Parts
 from train.sharding import Denoiser
 from train.validation import assemble
+from univid.checkpoint import find
 from univid.model import UNetConfig
 
 if TYPE_CHECKING:
     from univid.pipeline import UniVidPipeline
+
+HISTORY = "training.json"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,6 +69,19 @@ def pipeline_of(model: Denoiser, stage: str, parts: Parts) -> UniVidPipeline:
             attention.to_k_image.load_state_dict(attention.to_k.state_dict())
             attention.to_v_image.load_state_dict(attention.to_v.state_dict())
     return parts.pipeline(model)
+
+
+def write_history(out: Path, config: Config, piece: dict[str, Any]) -> None:
+    """``unet/training.json``: the pieces of training behind an exported model, this one and those of what it started from."""
+    earlier = find(config.model.start, "model.start") / "unet" / HISTORY if config.model.start else None
+    pieces = json.loads(earlier.read_text()) if earlier is not None and earlier.is_file() else []
+    optimizer = {name: getattr(config.optimizer, name) for name in ("lr", "warmup", "final", "ema")}
+    streams = {
+        name: {key: getattr(stream, key) for key in ("source", "share", "batch_size", "pool", "first")}
+        for name, stream in config.streams.items()
+    }
+    chosen = {"stage": config.stage, "seed": config.seed, "of_steps": config.steps, **optimizer, "streams": streams}
+    (out / "unet" / HISTORY).write_text(json.dumps([*pieces, piece | chosen], indent=1) + "\n")
 
 
 def read_weights(checkpoint: Path, kind: str) -> dict[str, Tensor]:

@@ -23,7 +23,7 @@ from train.checkpoint import Checkpoints, check_architecture
 from train.config import CONFIGS, Config, asks_for_help, load
 from train.data import Conditioned, Encoder, open_source
 from train.diffusion import Diffusion
-from train.export import pipeline_of
+from train.export import pipeline_of, write_history
 from train.flops import forward_flops
 from train.log import Logs, Meter, Step
 from train.optimizer import ShardedAdamW, learning_rate
@@ -150,15 +150,19 @@ class Trainer:
         if self.processes.first:
             print(f"{'stopped' if stopped else 'finished'} at step {self.step}", flush=True)
 
+    @property
+    def device_name(self) -> str:
+        device = self.processes.device
+        return torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
+
     def introduce(self) -> None:
         count = sum(parameter.numel() for parameter in self.model.parameters())
         trained = sum(parameter.numel() for parameter in self.model.parameters() if parameter.requires_grad)
-        device, ranks = self.processes.device, self.processes.world_size
-        name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
+        ranks = self.processes.world_size
         if self.processes.first:
             print(
                 f"{self.config.run}: stage {self.config.stage}, {trained / 1e6:.1f}M of {count / 1e6:.1f}M parameters, "
-                f"{ranks} x {name}, {self.dtype}, from step {self.step} to {self.config.steps}",
+                f"{ranks} x {self.device_name}, {self.dtype}, from step {self.step} to {self.config.steps}",
                 flush=True,
             )
 
@@ -168,6 +172,9 @@ class Trainer:
         if whole is not None:
             parts = Parts(self.config.model, torch.float32, torch.device("cpu"))
             pipeline_of(whole.cpu(), self.config.stage, parts).save_pretrained(out)
+            seconds = round(time.perf_counter() - self.started)
+            piece = {"steps": self.step, "seconds": seconds, "ranks": self.processes.world_size, "on": self.device_name}
+            write_history(out, self.config, piece)
             print(f"{out}: averaged weights of step {self.step}", flush=True)
         self.processes.barrier()
 

@@ -106,7 +106,7 @@ class Parts:
 
     @cached_property
     def _untrained(self) -> UniVidPipeline:
-        from univid.demo import untrained
+        from train.untrained import untrained
 
         return untrained()
 

@@ -92,7 +92,7 @@ def load_autoencoder(folder: str | Path, dtype: torch.dtype = torch.float32) -> 
             tensors[key] = x.flatten(1)
     check_keys(weights, {key: x.shape for key, x in state.items()}, tensors)
     vae.load_state_dict(tensors)
-    return Autoencoder(vae.to(dtype))
+    return Autoencoder(vae).to(dtype)  # not vae.to, which warns of modules that it does not have
 
 
 def _today(key: str) -> str:
