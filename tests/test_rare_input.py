@@ -94,7 +94,7 @@ def test_incoming_gradient_has_any_strides(operator, form, backend):
 def test_nothing_in_nothing_out(operator, empty, backend):
     """B = 0 or N = 0 gives an empty result, and parameters zero gradients."""
     dim = {"clips": 0, "tokens": 1 if operator == "group_norm_silu" else 2}[empty]
-    shared = [*(("text_weight",) if operator == "dual_stream_attn" else ("weight", "bias"))]
+    shared = [*(("text_weight",) if operator == "dual_stream_attn" else ("weight", "bias", "offset"))]
     if empty == "tokens":
         shared += ["k_text", "v_text", "k_image", "v_image"]
     changes = {
