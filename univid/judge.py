@@ -126,7 +126,7 @@ class Examination:
 
 
 def examine(examination: Examination, sets: Sequence[str], output: Path) -> str:
-    """Generate and judge the sets, write all that was found as JSON, and give it as a table."""
+    """Generate and judge the sets, write what was found as JSON after each of them, and give all of it as a table."""
     if unknown := set(sets) - set(SETS):
         raise ValueError(f"--sets: got {min(unknown)!r}, needs some of {','.join(SETS)}")
     if not output.parent.is_dir():
@@ -137,8 +137,10 @@ def examine(examination: Examination, sets: Sequence[str], output: Path) -> str:
     }
     for name in sets:
         found[name] = getattr(examination, name)()
-    found["seconds"] = round(time.perf_counter() - start, 1)
-    output.write_text(json.dumps(found, indent=1) + "\n")
+        found["seconds"] = round(time.perf_counter() - start, 1)
+        partial = output.with_name(f"{output.name}.partial")
+        partial.write_text(json.dumps(found, indent=1) + "\n")
+        partial.replace(output)
     return table(found)
 
 
