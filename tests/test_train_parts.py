@@ -259,6 +259,7 @@ def test_a_piece_of_a_run_is_timed_and_exported_and_the_next_one_starts_from_it(
     assert main(arguments) == 0
     assert "stopped at step 2" in capsys.readouterr().out  # over in its first step, agreed on in the next
     assert export_main([str(tmp_path / "one"), str(tmp_path / "again")]) == 0
+    assert (tmp_path / "again" / "unet" / "training.json").is_file()
     for part in ("unet", "image_adapter"):
         files = [tmp_path / out / part / "diffusion_pytorch_model.safetensors" for out in ("out", "again")]
         assert files[0].read_bytes() == files[1].read_bytes()

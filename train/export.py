@@ -58,6 +58,7 @@ def export(run: Path, out: Path, choices: Export = Export()) -> Path:
     dtype: torch.dtype = getattr(torch, choices.dtype)
     model = assemble(unet, read_weights(found[step], choices.weights))
     pipeline_of(model.to(dtype), state["stage"], Parts(config.model, dtype, torch.device("cpu"))).save_pretrained(out)
+    write_history(out, config, {"steps": step})
     return found[step]
 
 

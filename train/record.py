@@ -17,7 +17,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # the folder that holds univid/ and train/
 
-from train.config import asks_for_help
+from train.config import Config, asks_for_help, load
 
 ROOT = Path(__file__).parents[1]
 RESULTS = Path(__file__).parent / "results"
@@ -59,7 +59,6 @@ def measure(case: Case) -> dict[str, Any]:
     import torch
 
     from train import bench
-    from train.config import Config, load
 
     with tempfile.TemporaryDirectory() as folder:
         overrides = [*(bench.FULL_SIZE if case.full_size else ()), *case.overrides, f"run={folder}/run"]
@@ -79,7 +78,7 @@ def measure(case: Case) -> dict[str, Any]:
     } | {name: round(value, 6) for name, value in report.items() if not name.startswith(("loss", "lr", "norm"))}
 
 
-def write_cache(folder: Path, config: Any) -> None:
+def write_cache(folder: Path, config: Config) -> None:
     """Random latents and tokens, as ``univid encode`` writes those of clips."""
     import torch
     from safetensors.torch import save
