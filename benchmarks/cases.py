@@ -6,10 +6,10 @@ from types import ModuleType
 from typing import NamedTuple
 
 from benchmarks import (
+    bench_add_layer_norm,
     bench_dual_stream,
     bench_geglu,
     bench_group_norm,
-    bench_layer_norm,
     bench_pyramid,
     bench_scaling,
     bench_temporal,
@@ -21,7 +21,7 @@ BENCHES = (
     bench_temporal_conv,
     bench_group_norm,
     bench_geglu,
-    bench_layer_norm,
+    bench_add_layer_norm,
     bench_temporal,
     bench_dual_stream,
     bench_pyramid,

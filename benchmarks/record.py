@@ -21,7 +21,7 @@ MODULES = {
     "temporal_conv": "temporal_conv",
     "group_norm_silu": "group_norm",
     "geglu": "geglu",
-    "layer_norm": "layer_norm",
+    "add_layer_norm": "add_layer_norm",
 }
 
 # The same for whole models, of which only their own files count, not their operators'.

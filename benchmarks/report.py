@@ -32,7 +32,7 @@ UNITS = {
     "temporal_conv": ("tflops", "TFLOP/s", "{:.0f}"),
     "group_norm_silu": ("gbs", "GB/s", "{:.0f}"),
     "geglu": ("gbs", "GB/s", "{:.0f}"),
-    "layer_norm": ("gbs", "GB/s", "{:.0f}"),
+    "add_layer_norm": ("gbs", "GB/s", "{:.0f}"),
 }
 
 # Operators whose torch forward keeps no logsumexp, which the other backends' backwards read.

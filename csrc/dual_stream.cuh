@@ -2,6 +2,8 @@
 #pragma once
 
 #include <algorithm>
+#include <type_traits>
+#include <utility>
 
 #include "dual_stream.h"
 #include "hopper/tma.cuh"
@@ -15,9 +17,35 @@ constexpr int kTileBytes = kRows * kRowBytes;
 constexpr int kKeyBytes = kKeys * kRowBytes;
 constexpr int kScores = kKeys / 2;              // of a lane
 constexpr int kPacked = (kKeys + 15) / 16 * 4;  // registers of an operand, in which columns past the tile are zeros
-constexpr int kMaxKeyTiles = 5;
+constexpr int kMaxKeyTiles = 4;                 // of both streams; where there are two, one has one
 
 inline int count_key_tiles(int64_t length) { return static_cast<int>((length + kKeys - 1) / kKeys); }
+
+// How many tiles of keys the two streams have (none of a second: 0), known to the compiler, so that loops over them are
+// straight code.
+template <int kFirst_, int kSecond_>
+struct KeyTiles {
+  static constexpr int kFirst = kFirst_, kSecond = kSecond_, kAll = kFirst + kSecond;
+
+  __host__ __device__ static constexpr int stream(int tile) { return tile >= kFirst; }
+  __host__ __device__ static constexpr int of_stream(int stream) { return stream == 0 ? kFirst : kSecond; }
+  // Where in its stream a tile is.
+  __host__ __device__ static constexpr int place(int tile) { return tile - stream(tile) * kFirst; }
+  __host__ __device__ static constexpr bool starts(int tile) { return place(tile) == 0; }
+  __host__ __device__ static constexpr bool ends(int tile) { return place(tile) + 1 == of_stream(stream(tile)); }
+};
+
+// Calls `run` with how many tiles the longer stream has, and whether there is a second one, known to the compiler.
+template <typename Run>
+void choose_key_tiles(int longer, bool has_two, Run run) {
+  const auto among = [&]<int... kBefore>(auto two, std::integer_sequence<int, kBefore...>) {
+    ((longer == kBefore + 1 && (run(std::integral_constant<int, kBefore + 1>{}, two), true)) || ...);
+  };
+  if (has_two)
+    among(std::true_type{}, std::make_integer_sequence<int, kMaxKeyTiles - 1>{});
+  else
+    among(std::false_type{}, std::make_integer_sequence<int, kMaxKeyTiles>{});
+}
 
 // The queries of all (clip, head), a line each, in tiles. A group is a frame, or all frames as one long query.
 struct Queries {
@@ -53,10 +81,34 @@ struct Place {
     clip = line / queries.heads;
     head = line - clip * queries.heads;
   }
+  // That of the tile `tiles` later in the line.
+  __device__ Place after(const Queries& queries, int tiles) const {
+    Place later = *this;
+    const int in_group = queries.tiles_per_group * kRows;
+    for (later.row += tiles * kRows; later.row >= in_group; later.row -= in_group) later.group++;
+    return later;
+  }
   __device__ hopper::Box box() const { return {row, head, group, clip}; }
+  // Among the tiles of all lines.
+  __device__ int tile(const Queries& queries) const {
+    return line * queries.tiles_per_line + group * queries.tiles_per_group + row / kRows;
+  }
   // Of a query of the tile in a (B, H, T, N) tensor.
   __device__ int64_t index(const Queries& queries, int query) const {
     return (static_cast<int64_t>(line) * queries.groups + group) * queries.rows + query;
+  }
+};
+
+// Of a block's range of tiles, from `first` on, those that lie in one line; a warpgroup takes every kGroups-th of them.
+struct Share {
+  int stop;     // where the line ends, or the range
+  int left;     // tiles of warpgroup w
+  Place place;  // of its first
+
+  template <int kGroups>
+  __device__ static Share of(const Queries& queries, int first, int end, int w) {
+    const int stop = min(end, (first / queries.tiles_per_line + 1) * queries.tiles_per_line);
+    return {stop, (stop - first - w + kGroups - 1) / kGroups, Place(queries, first + w)};
   }
 };
 

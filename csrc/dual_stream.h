@@ -52,7 +52,7 @@ struct DualStreamBackward {
   void* workspace;            // dual_stream_attn_workspace(...) bytes
 };
 
-// Whether the keys of both streams fit into shared memory.
+// Whether there are kernels for these numbers of keys.
 bool dual_stream_attn_fits(int64_t first_length, int64_t second_length);
 
 void dual_stream_attn_forward(const DualStreamForward& args, int device, cudaStream_t stream);

@@ -10,12 +10,15 @@
 // Blocks take equal ranges, which may go on into the next units, and leave sums in float32, in the order of their
 // lanes. They are added in the order of the blocks, so that results have the same bits from run to run.
 //
-// Registers of a lane: 64 of dK and dV, 64 of S and dP, 16 of P and dS each, of 232. Shared memory: K and V, 32 KB; 6
-// stages of Q, dO and statistics, 105 KB.
+// K and V come from registers: a product of 64 x 64 with both operands in shared memory takes all of its bandwidth, and
+// the statistics wait.
 //
-// Measured 2026-11-23 on one H200 (B = 2, T = 24, D = 64, bfloat16, 77 + 257 keys, replays of a graph; 8192³ product
-// 803 TFLOP/s), ms at N/H = 2880/5, 720/10, 180/20, 45/20: 0.622, 0.329, 0.185, 0.067; of that dQ 0.325, 0.173, 0.098,
-// 0.032.
+// Registers of a lane: 64 of dK and dV, 64 of S and dP, 16 of P, dS, K and V each, of 232. Shared memory: K and V,
+// 32 KB; 6 stages of Q, dO and statistics, 105 KB.
+//
+// Measured 2026-11-24 on one H200 (B = 2, T = 24, D = 64, bfloat16, 77 + 257 keys, replays of a graph; 8192³ product
+// 801 TFLOP/s), ms at N/H = 2880/5, 720/10, 180/20, 45/20: 0.440, 0.238, 0.136, 0.053; of that dQ 0.203, 0.110, 0.064,
+// 0.022.
 #include <algorithm>
 #include <cmath>
 
@@ -141,8 +144,7 @@ __device__ void consume(const Arguments& args, Shared& shared, int w) {
   Cursor<1> key_at;
   Cursor<kStages> at;
   float dk[32], dv[32], s[32], dp[32];
-  uint32_t p[16], ds[16];
-  const uint64_t k_tile = tile_descriptor(shared.k[w]), v_tile = tile_descriptor(shared.v[w]);
+  uint32_t k[16], v[16], p[16], ds[16];
 
   for (Walk walk(args.ranges); walk.more(); walk.advance(args.ranges)) {
     const int unit = walk.unit(args.ranges), count = walk.count(args.ranges);
@@ -152,25 +154,35 @@ __device__ void consume(const Arguments& args, Shared& shared, int w) {
     for (int i = 0; i < 32; i++) dk[i] = dv[i] = 0;
     wait(&shared.key_ring.filled[0], key_at.round);
     key_at.advance();
+    load_tile(shared.k[w], k, warp, threadIdx.x % 32);
+    if constexpr (C::kDK) load_tile(shared.v[w], v, warp, threadIdx.x % 32);
     int held = -1;  // the stage that the products under way still read
     for (int i = 0; i < count; i++) {
       wait(&shared.ring.filled[at.slot], at.round);
       const uint64_t q_tile = tile_descriptor(shared.q[at.slot]), grad_tile = tile_descriptor(shared.grad[at.slot]);
       const float* statistics = shared.statistics[at.slot] + offset;
+      float2 logsumexp[8], delta[8];
+      load_columns<0, 8>(logsumexp, statistics);  // before the products that keep shared memory busy
       pin(s);
+      pin(k);
       wgmma_fence();
-      multiply_transposed<Element>(s, k_tile, q_tile);
+      multiply_transposed<Element>(s, k, q_tile);
       wgmma_commit();
       if constexpr (C::kDK) {
         pin(dp);
-        multiply_transposed<Element>(dp, v_tile, grad_tile);
+        pin(v);
+        multiply_transposed<Element>(dp, v, grad_tile);
         wgmma_commit();
       }
-      float2 logsumexp[8], delta[8];
-      load_columns<0, 8>(logsumexp, statistics);
+      if constexpr (C::kDK) load_columns<0, 8>(delta, statistics + kRows);
       wgmma_wait<C::kDK ? 1 : 0>();
       pin(s);
       pin(ds);
+      pin(k);
+      const uint32_t zero = at.slot >> 8;  // ptxas overwrites an operand that a loop keeps, so the loop makes it anew
+#pragma unroll
+      for (int j = 0; j < 16; j++) k[j] |= zero;
+      pin(k);
       if (held >= 0) arrive_warp(&shared.ring.free[held]);
 #pragma unroll
       for (int j = 0; j < 32; j++) {
@@ -192,10 +204,12 @@ __device__ void consume(const Arguments& args, Shared& shared, int w) {
         wgmma_commit();
       }
       if constexpr (C::kDK) {
-        load_columns<0, 4>(delta, statistics + kRows);
         wgmma_wait<C::kDV ? 1 : 0>();
         pin(dp);
-        load_columns<4, 8>(delta, statistics + kRows);
+        pin(v);
+#pragma unroll
+        for (int j = 0; j < 16; j++) v[j] |= zero;
+        pin(v);
 #pragma unroll
         for (int j = 0; j < 16; j++) {
           const float2 x = delta[j / 2];

@@ -27,7 +27,8 @@ OPERATOR = {
     "norm": "group_norm_silu",
     "norm-float32": "group_norm_silu",  # float32 affine parameters, no activation
     "geglu": "geglu",
-    "layer": "layer_norm",
+    "sum": "add_layer_norm",
+    "sum-plain": "add_layer_norm",  # the norm alone
 }
 OPERATORS = (
     "pyramid",
@@ -38,9 +39,9 @@ OPERATORS = (
     "conv",
     "norm",
     "geglu",
-    "layer",
+    "sum",
 )  # each one once
-KEEPS_DTYPE = ("norm", "norm-float32", "geglu", "layer")  # of x, under autocast too
+KEEPS_DTYPE = ("norm", "norm-float32", "geglu", "sum", "sum-plain")  # of x, under autocast too
 
 every_case = pytest.mark.parametrize("case", OPERATOR)
 every_operator = pytest.mark.parametrize("case", OPERATORS)
@@ -94,9 +95,11 @@ def arguments(case, seed=0, *, device="cpu", dtype=torch.float32, B=B, T=T, N=N,
             return {"x": randn(B, N, channels), "num_groups": 2} | affine | {"eps": 1e-5, "silu": False}
         case "geglu":
             return {"x": randn(B, T, N, 2 * channels)}
-        case "layer":
-            affine = each("weight bias", channels)
-            return {"x": randn(B, T, N, channels)} | affine | {"eps": 1e-5, "offset": randn(T, channels)}
+        case "sum":
+            inputs = {"x": randn(B, T, N, channels)} | each("weight bias", channels) | {"eps": 1e-5}
+            return inputs | {"branch": randn(B, T, N, channels), "offset": randn(T, 1, channels)}
+        case "sum-plain":
+            return {"x": randn(B, T, N, channels)} | each("weight bias", channels)
 
 
 def leaves(inputs):
@@ -105,7 +108,12 @@ def leaves(inputs):
 
 
 def apply(case, inputs, **options):
-    return getattr(ops, OPERATOR[case])(**inputs, **options)
+    return one_tensor(getattr(ops, OPERATOR[case])(**inputs, **options))
+
+
+def one_tensor(out):
+    """An operator's output; of several, all of them stacked."""
+    return torch.stack(out) if isinstance(out, tuple) else out
 
 
 def incoming(out):

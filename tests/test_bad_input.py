@@ -9,6 +9,7 @@ from functools import partial
 import pytest
 import torch
 
+from tests.calls import one_tensor
 from univid import ops
 from univid.ops import ReferenceFrames
 from univid.ops.explain import backends_for
@@ -49,12 +50,12 @@ def arguments(operator):
             "eps": 1e-5,
         },
         "geglu": lambda: {"x": randn(B, T, N, 2 * C)},
-        "layer_norm": lambda: {
+        "add_layer_norm": lambda: {
             "x": randn(B, T, N, C),
             "weight": randn(C),
             "bias": randn(C),
-            "eps": 1e-5,
-            "offset": randn(T, C),
+            "branch": randn(B, T, N, C),
+            "offset": randn(T, 1, C),
         },
     }[operator]()
 
@@ -79,7 +80,7 @@ def tensors(names=None, *, first=True):
 
 
 def run(operator, **changes):
-    return getattr(ops, operator)(**(arguments(operator) | changes))
+    return one_tensor(getattr(ops, operator)(**(arguments(operator) | changes)))
 
 
 def refused(error, name, operator, **changes):
@@ -147,7 +148,7 @@ def test_device(operator, name, backend):
 
 
 @backends
-@pytest.mark.parametrize(("operator", "name"), tensors(["q", "k", "v", "qkv", "x", "k_text", "v_image"]))
+@pytest.mark.parametrize(("operator", "name"), tensors(["q", "k", "v", "qkv", "x", "k_text", "v_image", "branch"]))
 def test_last_dimension_is_not_contiguous(operator, name, backend):
     x = arguments(operator)[name]
     strided = x.transpose(-1, -2).contiguous().transpose(-1, -2)
@@ -184,6 +185,11 @@ WRONG_SHAPES = [
     ("temporal_conv", "residual", (1, T, N, C_OUT)),
     ("group_norm_silu", "weight", (C + 1,)),
     ("group_norm_silu", "bias", (1,)),
+    ("add_layer_norm", "weight", (C + 1,)),
+    ("add_layer_norm", "bias", (1,)),
+    ("add_layer_norm", "branch", (1, T, N, C)),
+    ("add_layer_norm", "offset", (1, 1, C)),
+    ("add_layer_norm", "offset", (T, N, C)),
 ]
 
 
@@ -210,7 +216,7 @@ EMPTY_SHAPES = [  # T = 0, and other dimensions that may not be empty
     ("temporal_conv", "weight", (C_OUT, C, 0)),
     ("group_norm_silu", "x", (B, N, 0)),
     ("geglu", "x", (B, T, N, 0)),
-    ("layer_norm", "x", (B, T, N, 0)),
+    ("add_layer_norm", "x", (B, T, N, 0)),
 ]
 
 
@@ -239,7 +245,9 @@ NOT_NUMBERS = ["1", True, 1j, [0.5]]
 @backends
 @pytest.mark.parametrize("value", [0, 0.0, -1.0, float("nan"), float("inf"), -float("inf")])
 @pytest.mark.parametrize(
-    ("operator", "name"), [*((name, "scale") for name in ATTENTION), ("group_norm_silu", "eps")], ids=str
+    ("operator", "name"),
+    [*((name, "scale") for name in ATTENTION), ("group_norm_silu", "eps"), ("add_layer_norm", "eps")],
+    ids=str,
 )
 def test_number_out_of_range(operator, name, value, backend):
     refused(ValueError, name, operator, backend=backend, **{name: value})
@@ -247,7 +255,9 @@ def test_number_out_of_range(operator, name, value, backend):
 
 @pytest.mark.parametrize("value", [*NOT_NUMBERS, torch.tensor(0.5)], ids=repr)
 @pytest.mark.parametrize(
-    ("operator", "name"), [*((name, "scale") for name in ATTENTION), ("group_norm_silu", "eps")], ids=str
+    ("operator", "name"),
+    [*((name, "scale") for name in ATTENTION), ("group_norm_silu", "eps"), ("add_layer_norm", "eps")],
+    ids=str,
 )
 def test_not_a_number(operator, name, value):
     refused(TypeError, name, operator, **{name: value})

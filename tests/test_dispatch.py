@@ -8,6 +8,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from tests.calls import one_tensor
 from univid import ops
 from univid.kernels import measured
 from univid.kernels.calls import TemporalCall
@@ -31,7 +32,7 @@ def calls():
         "temporal_conv": (torch.randn(B, T, N, C), torch.randn(C, C, 3)),
         "group_norm_silu": (torch.randn(B, N, C), 3, torch.randn(C), torch.randn(C), 1e-5),
         "geglu": (torch.randn(B, T, N, C),),
-        "layer_norm": (torch.randn(B, T, N, C), torch.randn(C), torch.randn(C), 1e-5),
+        "add_layer_norm": (torch.randn(B, T, N, C), torch.randn(C), torch.randn(C)),
     }
 
 
@@ -57,7 +58,7 @@ def run(operator, **kwargs):
     """Forward and backward."""
     args = calls()[operator]
     args = [x.requires_grad_() if isinstance(x, torch.Tensor) else x for x in args]
-    getattr(ops, operator)(*args, **kwargs).sum().backward()
+    one_tensor(getattr(ops, operator)(*args, **kwargs)).sum().backward()
 
 
 # --- explain ----------------------------------------------------------------------------------------------------------
@@ -361,7 +362,7 @@ calls = [
     (ops.pyramid_st_attn, (q, k, v, refs)), (ops.pyramid_st_attn_qkv, (qkv, refs)), (ops.dual_stream_attn, (q, *keys)),
     (ops.temporal_attn, (q, k, v)), (ops.temporal_attn_qkv, (qkv,)),
     (ops.temporal_conv, (x, torch.randn(6, 6, 3, requires_grad=True))), (ops.group_norm_silu, (x[0], 3, c, c, 1e-5)),
-    (ops.geglu, (q[0],)), (ops.layer_norm, (x, c, c, 1e-5)),
+    (ops.geglu, (q[0],)), (lambda *args, **options: ops.add_layer_norm(*args, **options)[1], (x, c, c)),
 ]
 for operator, args in calls:
     for backend in (None, "torch", "reference"):

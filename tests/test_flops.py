@@ -22,7 +22,8 @@ FLOPS = {  # forward, backward with all gradients
     "norm": (0, 0),
     "norm-float32": (0, 0),
     "geglu": (0, 0),
-    "layer": (0, 0),
+    "sum": (0, 0),
+    "sum-plain": (0, 0),
 }
 
 

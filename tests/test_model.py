@@ -185,8 +185,13 @@ def test_order_of_the_operators():
     with Operators() as ran:
         unet(x, t, *conditions, fps=8)
     block = ["group_norm_silu", "temporal_conv"] * 2  # with the time embedding after the first
-    attention = ["pyramid_st_attn_qkv", "dual_stream_attn", "temporal_attn_qkv", "geglu"]
-    attention = ["group_norm_silu", *(name for operator in attention for name in ("layer_norm", operator))]
+    attention = [
+        "group_norm_silu",
+        *("add_layer_norm", "pyramid_st_attn_qkv"),
+        *("add_layer_norm", "dual_stream_attn"),
+        *("add_layer_norm", "temporal_attn_qkv"),
+        *("add_layer_norm", "geglu"),
+    ]
     order = [name.removeprefix("univid.") for name in ran.names if name.startswith("univid.")]
     outside, inside = block + attention, block
     assert order == outside + inside + block + attention + block + inside * 2 + outside * 2 + ["group_norm_silu"]
@@ -239,11 +244,13 @@ def test_temporal_attention_knows_the_order_of_frames():
         change.append(relative(backwards, unet(x, t, *conditions, refs=refs)))
     assert change[0] < 1e-5 < 1e-3 < change[1]
     attention, x = unet.transformers()[0].transformer_blocks[0].attn_temporal, torch.randn(1, 5, 3, 32)
-    position = sinusoids(torch.arange(5), 32)
-    q, k, v = attention.to_qkv(attention.norm(x) + position[:, None]).view(1, 5, 3, 3, 2, 16).unbind(3)
+    position = sinusoids(torch.arange(5), 32)[:, None]
+    norm = torch.nn.functional.layer_norm(x, (32,), attention.norm.weight, attention.norm.bias) + position
+    q, k, v = attention.to_qkv(norm).view(1, 5, 3, 3, 2, 16).unbind(3)
     p = (torch.einsum("btnhd,bsnhd->bnhts", q, k) / 4).softmax(-1)
     expected = attention.to_out(torch.einsum("bnhts,bsnhd->btnhd", p, v).flatten(-2))
-    torch.testing.assert_close(attention(x, position), expected, rtol=1e-4, atol=1e-5)
+    _, y = attention.norm(x, offset=position)
+    torch.testing.assert_close(attention(y), expected, rtol=1e-4, atol=1e-5)
 
 
 @torch.no_grad()

@@ -290,7 +290,7 @@ def peak(run):
 
 
 FAR = 2**30 + 2**20  # the third element along a dimension of this stride lies past 2³¹
-RANKS = {"pyramid": 4, "pyramid_qkv": 5, "temporal": 4, "temporal_qkv": 5, "dual": 4, "conv": 3, "norm": 2}
+RANKS = {"pyramid": 4, "pyramid_qkv": 5, "temporal": 4, "temporal_qkv": 5, "dual": 4, "conv": 3, "norm": 2, "sum": 3}
 
 
 @pytest.fixture(scope="module")
@@ -335,6 +335,7 @@ LARGE = {  # inputs and outputs past 2³¹ elements; the dimension that is cut, 
     "dual": ({"B": 2, "T": 8, "N": 262200, "H": 8}, 2, 50),
     "conv": ({"B": 1, "T": 8, "N": 2100000}, 2, 50),
     "norm": ({"B": 33, "N": 510000}, 0, 1),
+    "sum": ({"B": 1, "T": 8, "N": 2100000}, -2, 50),
 }
 
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 import shutil
 import signal
 import subprocess
@@ -178,6 +179,31 @@ def test_a_step_that_is_not_finite_does_nothing_but_count(card, tmp_path):
     source.latents = latents
     trainer.train_step()
     assert not torch.equal(state_of(trainer)["model.unet.conv_in.weight"], after["model.unet.conv_in.weight"])
+
+
+TWO = {
+    "sharded": ["steps=3", "compute.dtype=float32", "optimizer.eps=1e-4"],
+    "replicated": ["steps=3", "compute.dtype=float32", "optimizer.eps=1e-4", "compute.replicas=2"],
+}
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="two GPUs needed")
+def test_two_cards_equal_one(card, tmp_path, monkeypatch):
+    """By NCCL, sharded over both and a copy on each, on the same global batch."""
+    (tmp_path / "cases.json").write_text(json.dumps(TWO))
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    environment = os.environ | {"PYTHONPATH": f"{ROOT}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"}
+    subprocess.run(
+        [*command, "tests/train_worker.py", str(tmp_path)], cwd=ROOT, env=environment, check=True, timeout=120
+    )
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+    for case, overrides in TWO.items():
+        alone = [override for override in overrides if "replicas" not in override]
+        one = {name: x.cpu() for name, x in train(configure(tmp_path / f"{case}-alone", *alone), card).items()}
+        two = torch.load(tmp_path / f"{case}.pt", weights_only=True)
+        for kind in ("model", "ema"):
+            names = [name for name in one if name.startswith(f"{kind}.")]
+            assert error({n: two[n] for n in names}, {n: one[n] for n in names}) < 1e-5, (case, kind)
 
 
 def test_sigterm_writes_a_checkpoint_that_is_exported(tmp_path):

@@ -57,9 +57,9 @@ def _geglu(channels: int) -> torch.Tensor:
     return ops.geglu(_leaf(1, 8, 720, 2 * channels), **ON)
 
 
-def _layer_norm(channels: int) -> torch.Tensor:
-    affine = (_leaf(channels), _leaf(channels))
-    return ops.layer_norm(_leaf(1, 8, 720, channels), *affine, 1e-5, offset=_leaf(8, channels), **ON)
+def _add_layer_norm(channels: int, offset: torch.Tensor | None = None) -> torch.Tensor:
+    x, branch = (_leaf(1, 8, 720, channels) for _ in "xb")
+    return torch.stack(ops.add_layer_norm(x, _leaf(channels), _leaf(channels), branch=branch, offset=offset, **ON))
 
 
 # By name; D = 64 and channels of Stable Diffusion first, then what is padded or odd.
@@ -82,8 +82,9 @@ CALLS: dict[str, Callable[[], torch.Tensor]] = {
     "group_norm-1280": partial(_group_norm, 1280, 45),
     "geglu-1280": partial(_geglu, 1280),
     "geglu-40": partial(_geglu, 40),
-    "layer_norm-320": partial(_layer_norm, 320),
-    "layer_norm-1280": partial(_layer_norm, 1280),
+    "add_layer_norm-320": partial(_add_layer_norm, 320, torch.zeros(8, 1, 320)),
+    "add_layer_norm-1280": partial(_add_layer_norm, 1280),
+    "add_layer_norm-8000": partial(_add_layer_norm, 8000),
 }
 # Bytes of a thread's stack frame, where registers spill to. At 255 registers some invariants of a loop do.
 MAX_STACK = 448

@@ -26,6 +26,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from tests.calls import one_tensor
 from univid import ops
 from univid.ops import reference
 from univid.ops.explain import backends_for
@@ -48,6 +49,7 @@ class Operator(NamedTuple):
     # (inputs, options, grad), all in float64 -> for gradients that may cancel: Σ|terms|, and the dtype in which they are added
     terms: Callable[[dict, dict, Tensor], dict[str, tuple[Tensor, torch.dtype | None]]] = lambda *_: {}
     repeatable: tuple[tuple[str, Any], ...] = ()  # options under which gradients have the same bits from run to run
+    together: tuple[str, ...] = ()  # the inputs of a sum, whose gradients are one tensor
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -276,8 +278,9 @@ class Tester:
                 assert torch.equal(again, first[key]), f"{self._title(backend, key)} differs from run to run"
                 if options:
                     self._compare(f"{self._title(backend, key)}, {options}", key, again)
-        owners = [x.untyped_storage().data_ptr() for x in (*results.values(), *self.inputs.values(), self.grad)]
-        for key, result in results.items():
+        apart = {key: x for key, x in results.items() if key not in self.operator.together[1:]}
+        owners = [x.untyped_storage().data_ptr() for x in (*apart.values(), *self.inputs.values(), self.grad)]
+        for key, result in apart.items():
             shared = result.numel() and owners.count(result.untyped_storage().data_ptr()) > 1
             assert not shared, f"{self._title(backend, key)} shares memory with another tensor"
         return results
@@ -297,7 +300,7 @@ class Tester:
     def _run(self, backend: str, more: dict[str, Any] | None = None) -> dict[str, Tensor]:
         public = getattr(ops, self.operator.name)
         options = self.options | (more or {})
-        call = lambda inputs: public(**inputs, **options, backend=backend)  # noqa: E731
+        call = lambda inputs: one_tensor(public(**inputs, **options, backend=backend))  # noqa: E731
         if set(self.needs) == set(self.inputs):
             return self._differentiate(self.inputs, self.grad, call)
         with _Asked(self.operator, self.needs):

@@ -1,4 +1,5 @@
-"""What test_train.py runs on two ranks, under one torchrun: ``train_worker.py FOLDER``. Writes ``FOLDER/NAME.pt`` for each case."""
+"""What test_train.py and test_train_gpu.py run on two ranks, under one torchrun: ``train_worker.py FOLDER``, on the GPUs if there are
+two. Writes ``FOLDER/NAME.pt`` for each case."""
 
 import json
 import os
@@ -66,12 +67,14 @@ def main(folder: Path) -> None:
     with processes() as joined:
         for name, overrides in cases.items():
             config = configure(folder / name, *overrides, batch_size=2)
-            joined.mesh = joined.host_mesh = mesh_of("cpu", 2, max(1, config.compute.replicas))
+            replicas = max(1, config.compute.replicas)
+            joined.mesh, joined.host_mesh = mesh_of(joined.device.type, 2, replicas), mesh_of("cpu", 2, replicas)
             state = train(config, joined, 1 if name == "stopped" else None)
             if joined.first:
-                torch.save(state, folder / f"{name}.pt")
+                torch.save({name: x.cpu() for name, x in state.items()}, folder / f"{name}.pt")
 
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
+    torch.backends.cudnn.allow_tf32 = False  # float32 is compared
     main(Path(sys.argv[1]))

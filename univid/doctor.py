@@ -167,13 +167,17 @@ def cases(device: torch.device, dtype: torch.dtype) -> list[Case]:
             lambda x, a: reference.geglu(x["x"], a),
         ),
         Case(
-            "layer_norm",
+            "add_layer_norm",
             f"B{clips} T{frames} N{tokens} C{channels}",
-            {"x": make(clips, frames, tokens, channels), "weight": make(channels), "bias": make(channels)},
-            {"eps": 1e-5},
-            lambda x, a: reference.layer_norm(
-                x["x"].flatten(0, 2), x["weight"], x["bias"], 1e-5, None, tokens, a
-            ).view_as(x["x"]),
+            {
+                "x": make(clips, frames, tokens, channels),
+                "weight": make(channels),
+                "bias": make(channels),
+                "branch": make(clips, frames, tokens, channels),
+                "offset": make(frames, 1, channels),
+            },
+            {},
+            lambda x, a: torch.stack(reference.add_layer_norm(**x, eps=1e-5, accumulate=a)),
         ),
     ]
 
@@ -187,11 +191,16 @@ def check(case: Case) -> list[Result]:
     """Run the operator and compare its output (first) and its gradients with the reference's."""
     operator = getattr(ops, case.operator)
     grad = torch.randn_like(case.meaning(case.tensors, None))
-    results = _with_gradients(lambda x: operator(**x, **case.options), case.tensors, grad)
+    results = _with_gradients(lambda x: _one(operator(**x, **case.options)), case.tensors, grad)
     rounded = _with_gradients(lambda x: case.meaning(x, grad.dtype), case.tensors, grad)
     wide = {name: x.double() for name, x in case.tensors.items()}
     exact = _with_gradients(lambda x: case.meaning(x, None), wide, grad.double())
     return [_compare(name, results[name], rounded[name], exact[name]) for name in results]
+
+
+def _one(out: Tensor | tuple[Tensor, ...]) -> Tensor:
+    """An operator's output; of several, all of them stacked."""
+    return torch.stack(out) if isinstance(out, tuple) else out
 
 
 def _with_gradients(function: Callable[[Tensors], Tensor], tensors: Tensors, grad: Tensor) -> Tensors:

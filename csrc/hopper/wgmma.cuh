@@ -70,6 +70,9 @@ __device__ inline void pin(T (&registers)[kSize]) {
 #define UNIVID_WGMMA_32(NAME, ELEMENT, TYPE, BY_ROWS)                                                              \
   UNIVID_WGMMA(NAME, ELEMENT, TYPE, "64", 32, BY_ROWS, "%32", "%33", "%34", "%35", "%36", "%37", UNIVID_F16(d, 0), \
                UNIVID_F16(d, 16))
+#define UNIVID_WGMMA_44(NAME, ELEMENT, TYPE, BY_ROWS)                                                              \
+  UNIVID_WGMMA(NAME, ELEMENT, TYPE, "88", 44, BY_ROWS, "%44", "%45", "%46", "%47", "%48", "%49", UNIVID_F16(d, 0), \
+               UNIVID_F16(d, 16), UNIVID_F12(d, 32))
 #define UNIVID_WGMMA_48(NAME, ELEMENT, TYPE, BY_ROWS)                                                              \
   UNIVID_WGMMA(NAME, ELEMENT, TYPE, "96", 48, BY_ROWS, "%48", "%49", "%50", "%51", "%52", "%53", UNIVID_F16(d, 0), \
                UNIVID_F16(d, 16), UNIVID_F16(d, 32))
@@ -78,6 +81,8 @@ UNIVID_WGMMA_32(multiply_by_rows, __nv_bfloat16, "bf16", "1")
 UNIVID_WGMMA_32(multiply_by_rows, __half, "f16", "1")
 UNIVID_WGMMA_32(multiply_by_columns, __nv_bfloat16, "bf16", "0")
 UNIVID_WGMMA_32(multiply_by_columns, __half, "f16", "0")
+UNIVID_WGMMA_44(multiply_by_columns, __nv_bfloat16, "bf16", "0")
+UNIVID_WGMMA_44(multiply_by_columns, __half, "f16", "0")
 UNIVID_WGMMA_48(multiply_by_columns, __nv_bfloat16, "bf16", "0")
 UNIVID_WGMMA_48(multiply_by_columns, __half, "f16", "0")
 
@@ -125,6 +130,7 @@ UNIVID_WGMMA_SHARED_44(multiply_by_columns, __half, "f16", "0")
 #undef UNIVID_WGMMA_SHARED
 #undef UNIVID_WGMMA_MAYBE_ADD
 #undef UNIVID_WGMMA_48
+#undef UNIVID_WGMMA_44
 #undef UNIVID_WGMMA_32
 #undef UNIVID_WGMMA
 #undef UNIVID_F16
@@ -134,7 +140,7 @@ UNIVID_WGMMA_SHARED_44(multiply_by_columns, __half, "f16", "0")
 #undef UNIVID_D44
 #undef UNIVID_D32
 
-// d (64 x 96 or 64 x 64) = a (64 x 64, 16 registers) · tileᵀ: starts the products.
+// d (64 x 64, 88 or 96) = a (64 x 64, 16 registers) · tileᵀ: starts the products.
 template <typename Element, int kSize>
 __device__ inline void multiply_transposed(float (&d)[kSize], const uint32_t (&a)[16], uint64_t tile) {
   multiply_by_columns<false>(Element{}, d, a, tile);

@@ -101,17 +101,18 @@ class GegluCall(NamedTuple):
     x: Tensor  # (M, 2C): a and b
 
 
-class LayerNormCall(NamedTuple):
-    """``forward -> out`` (M, C) in x's dtype; ``backward(call, grad, dx, dweight, dbias)``, grad (M, C); an offset's gradient
-    is a sum of ``grad``.
+class AddLayerNormCall(NamedTuple):
+    """``forward -> (total, y)``, total None where branch is; ``backward(call, grad, grad_total, dx, dweight, dbias)``.
+
+    In a backward x is the total, branch and offset are None, grad is y's and grad_total, or None, total's.
     """
 
-    x: Tensor  # (M, C), M = B·T·N
+    x: Tensor  # (B, T, N, C)
     weight: Tensor  # (C,), x's dtype or float32, any stride
     bias: Tensor  # (C,), as weight
     eps: float
-    offset: Tensor | None  # (T, C), x's dtype or float32
-    tokens: int  # N
+    branch: Tensor | None  # (B, T, N, C)
+    offset: Tensor | None  # (T, 1, C), x's dtype or float32
 
 
 class GroupNormSiluCall(NamedTuple):

@@ -19,7 +19,7 @@ SIZES = {
     "temporal_conv": ("channels", "taps", "epilogue"),
     "group_norm": ("tokens",),
     "geglu": ("channels",),
-    "layer_norm": ("channels",),
+    "add_layer_norm": ("channels",),
 }
 
 

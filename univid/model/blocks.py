@@ -17,10 +17,10 @@ from torch import Tensor, nn
 from univid.model.config import UNetConfig
 from univid.ops import (
     ReferenceFrames,
+    add_layer_norm,
     dual_stream_attn,
     geglu,
     group_norm_silu,
-    layer_norm,
     pyramid_st_attn_qkv,
     temporal_attn_qkv,
     temporal_conv,
@@ -148,17 +148,6 @@ class GroupNorm(nn.GroupNorm):
         return y.view_as(x)
 
 
-class LayerNorm(nn.LayerNorm):
-    """LayerNorm of every token; ``offset (T, C)`` is added to those of each frame."""
-
-    def __init__(self, config: UNetConfig, channels: int):
-        super().__init__(channels)
-        self.backend = config.backend
-
-    def forward(self, x: Tensor, offset: Tensor | None = None) -> Tensor:
-        return layer_norm(x, self.weight, self.bias, self.eps, offset=offset, backend=self.backend)
-
-
 # --- transformers -----------------------------------------------------------------------------------------------------
 
 
@@ -187,7 +176,7 @@ class Transformer(nn.Module):
         text_weight: Weight = 1.0,
         image_weight: Weight = 1.0,
     ) -> Tensor:
-        """x ``(B, T, h, w, C)``, position ``(T, C)`` of the frames; text, image as :class:`DualStreamAttention` takes them."""
+        """x ``(B, T, h, w, C)``, position ``(T, 1, C)`` of the frames; text, image as :class:`DualStreamAttention` takes them."""
         h = self.proj_in(self.norm(x).flatten(2, 3))
         for block in self.transformer_blocks:  # one
             h = block(h, refs, position, text, image, text_weight, image_weight)
@@ -218,11 +207,27 @@ class TransformerBlock(nn.Module):
         image_weight: Weight,
     ) -> Tensor:
         """x ``(B, T, N, C)``."""
-        x = x + self.attn1(self.norm1(x), refs)
-        x = x + self.attn2(self.norm2(x), text, image, text_weight, image_weight)
+        x, y = self.norm1(x)
+        x, y = self.norm2(x, self.attn1(y, refs))
+        branch = self.attn2(y, text, image, text_weight, image_weight)
         if self.attn_temporal is not None and x.shape[1] > 1:  # an image has no time
-            x = x + self.attn_temporal(x, position)
-        return x + self.ff(self.norm3(x))
+            x, y = self.attn_temporal.norm(x, branch, position)
+            branch = self.attn_temporal(y)
+        x, y = self.norm3(x, branch)
+        return x + self.ff(y)
+
+
+class LayerNorm(nn.LayerNorm):
+    """The residual sum of x and a branch, if there is one, and its LayerNorm, to which an offset may be added."""
+
+    def __init__(self, config: UNetConfig, channels: int):
+        super().__init__(channels)
+        self.backend = config.backend
+
+    def forward(  # type: ignore[override] # two outputs
+        self, x: Tensor, branch: Tensor | None = None, offset: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        return add_layer_norm(x, self.weight, self.bias, self.eps, branch=branch, offset=offset, backend=self.backend)
 
 
 class PyramidAttention(nn.Module):
@@ -282,7 +287,7 @@ class DualStreamAttention(nn.Module):
         else:
             image_kv = self.image_keys(image) if isinstance(image, Tensor) else image
         if text_kv[0] is None and image_kv[0] is None:
-            return self.to_out(x.new_zeros(x.shape[-1]))  # attention to nothing is 0
+            return self.to_out(x.new_zeros(x.shape[-1])).expand_as(x)  # attention to nothing is 0
         out = dual_stream_attn(
             self._heads(self.to_q(x)),
             *text_kv,
@@ -295,7 +300,7 @@ class DualStreamAttention(nn.Module):
 
 
 class TemporalAttention(nn.Module):
-    """TA (eq. 8), with the frame's sinusoidal position; its output is 0 at first."""
+    """TA (eq. 8), on the norm to which the frame's sinusoidal position is added; its output is 0 at first."""
 
     def __init__(self, config: UNetConfig, channels: int):
         super().__init__()
@@ -305,8 +310,8 @@ class TemporalAttention(nn.Module):
         self.to_qkv = nn.Linear(channels, 3 * channels, bias=False)
         self.to_out = nn.Sequential(ZeroLinear(channels, channels))
 
-    def forward(self, x: Tensor, position: Tensor) -> Tensor:
-        qkv = self.to_qkv(self.norm(x, position)).unflatten(-1, (3, -1, self.head_dim))
+    def forward(self, x: Tensor) -> Tensor:
+        qkv = self.to_qkv(x).unflatten(-1, (3, -1, self.head_dim))
         return self.to_out(temporal_attn_qkv(qkv, backend=self.backend).flatten(-2))
 
 

@@ -34,7 +34,7 @@ class FrameTables(NamedTuple):
     """What depends on T alone, by level f."""
 
     centers: dict[int, ReferenceFrames]
-    positions: dict[int, Tensor]  # (T, C) float32
+    positions: dict[int, Tensor]  # (T, 1, C) float32
 
 
 class UNet(Pretrained):
@@ -125,12 +125,11 @@ class UNet(Pretrained):
         if refs is None or len(refs) < len(self.config.factors):
             refs = self.reference_frames(num_frames, x.device) | (refs or {})
         tables = self._frame_tables(num_frames, x.device)
+        positions = {f: position.to(x.dtype) for f, position in tables.positions.items()}
         texts, images = iter(self._each(text)), iter(self._each(image))
 
         def attend(transformer: Transformer, h: Tensor, f: int) -> Tensor:
-            return transformer(
-                h, refs[f], tables.positions[f], next(texts), next(images), text_weights[f], image_weights[f]
-            )
+            return transformer(h, refs[f], positions[f], next(texts), next(images), text_weights[f], image_weights[f])
 
         embedding = self.time_embedding(t, x.dtype)
         if self.fps_embedding is not None and fps is not None and num_frames > 1:
@@ -209,7 +208,7 @@ class UNet(Pretrained):
                 num_refs = self.config.num_refs(f, num_frames)
                 center = ReferenceFrames.pyramid(num_frames, num_refs, "center", self.config.own_frame)
                 centers[f] = center.to(device)
-                positions[f] = sinusoids(torch.arange(num_frames, device=device), channels)
+                positions[f] = sinusoids(torch.arange(num_frames, device=device), channels)[:, None]
         self._built[num_frames, device] = FrameTables(centers, positions)
 
     def transformers(self) -> list[Transformer]:

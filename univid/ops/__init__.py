@@ -4,12 +4,12 @@ Each takes PyTorch tensors on any device and runs on the fastest backend that ca
 GPUs), or PyTorch. ``explain`` says which one would run a call, and why the faster ones would not.
 """
 
+from univid.ops.add_layer_norm import add_layer_norm
 from univid.ops.dispatch import BACKENDS
 from univid.ops.dual_stream import dual_stream_attn
 from univid.ops.explain import explain
 from univid.ops.geglu import geglu
 from univid.ops.group_norm import group_norm_silu
-from univid.ops.layer_norm import layer_norm
 from univid.ops.pyramid import pyramid_st_attn, pyramid_st_attn_qkv
 from univid.ops.reference_frames import ReferenceFrames
 from univid.ops.temporal import temporal_attn, temporal_attn_qkv
@@ -18,11 +18,11 @@ from univid.ops.temporal_conv import temporal_conv
 __all__ = [
     "BACKENDS",
     "ReferenceFrames",
+    "add_layer_norm",
     "dual_stream_attn",
     "explain",
     "geglu",
     "group_norm_silu",
-    "layer_norm",
     "pyramid_st_attn",
     "pyramid_st_attn_qkv",
     "temporal_attn",

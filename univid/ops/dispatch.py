@@ -34,7 +34,7 @@ _SIZES: dict[str, Callable[[Any], dict[str, int | bool]]] = {
     },
     "group_norm": lambda call: {"tokens": call.x.shape[1]},
     "geglu": lambda call: {"channels": call.x.shape[1] // 2},
-    "layer_norm": lambda call: {"channels": call.x.shape[1]},
+    "add_layer_norm": lambda call: {"channels": call.x.shape[-1]},
 }
 
 

@@ -16,10 +16,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from univid.kernels.calls import (
+    AddLayerNormCall,
     DualStreamCall,
     GegluCall,
     GroupNormSiluCall,
-    LayerNormCall,
     PyramidCall,
     Stream,
     StreamGrads,
@@ -57,6 +57,44 @@ class Eager:
             results = torch.autograd.grad(out, list(leaves.values()), _aligned(grad))
         for g, result in zip(wanted.values(), results, strict=True):
             g.copy_(result)
+
+
+class EagerAddLayerNorm(Eager):
+    """The same for a sum and its norm; ``function(call) -> y`` is the norm, of a call without a branch."""
+
+    def forward(self, call: AddLayerNormCall) -> tuple[Tensor | None, Tensor]:
+        total = None if call.branch is None else (call.x + call.branch).contiguous()
+        norm = call._replace(x=call.x if total is None else total, branch=None)
+        return total, self.function(norm).contiguous()
+
+    def backward(self, call: AddLayerNormCall, grad: Tensor, *saved_then_gradients: Tensor | None) -> None:
+        grad_total, *gradients = saved_then_gradients
+        super().backward(call, grad, *gradients)
+        if grad_total is not None and gradients[0] is not None:
+            gradients[0].add_(grad_total)
+
+
+class EagerConvolution(Eager):
+    """On a GPU its backward does not run the forward again, for a convolution's gradients follow from its inputs."""
+
+    def backward(self, call: TemporalConvCall, grad: Tensor, *gradients: Tensor | None) -> None:
+        if not call.x.is_cuda:
+            return super().backward(call, grad, *gradients)
+        x, weight, options = _over_time(call)
+        needs = [gradient is not None for gradient in gradients]
+        with _ieee_convolutions():
+            dx, dweight, dbias = torch.ops.aten.convolution_backward(
+                _planes(_aligned(grad)), x, weight, [len(weight)], **options, output_mask=needs
+            )
+        dx, dweight = (None if g is None else g.squeeze(3) for g in (dx, dweight))  # (B, C, T, N), (C_out, C, K, 1)
+        results = (
+            None if dx is None else dx.permute(0, 2, 3, 1),
+            None if dweight is None else dweight.squeeze(3),
+            dbias,
+        )
+        for gradient, result in zip(gradients, results, strict=True):
+            if gradient is not None:
+                gradient.copy_(result)
 
 
 class EagerDualStream:
@@ -178,20 +216,40 @@ def _temporal(call: TemporalCall) -> tuple[Tensor, Tensor]:
 
 def _temporal_conv(call: TemporalConvCall) -> Tensor:
     """A convolution over the (T, N) plane on channels-last memory as it is."""
-    padding = call.weight.shape[2] // 2
     with _ieee_convolutions():
         if call.x.is_cuda:
-            # In three dimensions, (T, 1, N): cuDNN has faster kernels there. PyTorch asks the strides for the layout,
-            # also those of dimensions of size 1, which go in where these say channels_last_3d.
-            x = call.x.unsqueeze(2).permute(0, 4, 1, 2, 3)
-            weight = call.weight.transpose(1, 2)[:, :, None, None].permute(0, 4, 1, 2, 3)
-            out = F.conv3d(x, weight, call.bias, padding=(padding, 0, 0)).permute(0, 2, 3, 4, 1).squeeze(2)
+            x, weight, options = _over_time(call)
+            out = torch.ops.aten.convolution(x, weight, call.bias, **options).permute(0, 2, 3, 4, 1).squeeze(2)
         else:
             # Some of PyTorch's convolutions on the host (float64) have no gradient of a weight that is not contiguous.
-            x, weight = call.x.permute(0, 3, 1, 2), call.weight.contiguous()
+            x, weight, padding = call.x.permute(0, 3, 1, 2), call.weight.contiguous(), call.weight.shape[2] // 2
             out = F.conv2d(x, weight[..., None], call.bias, padding=(padding, 0)).permute(0, 2, 3, 1)
     out = out if call.residual is None else out + call.residual
     return out.contiguous()
+
+
+def _over_time(call: TemporalConvCall) -> tuple[Tensor, Tensor, dict[str, Any]]:
+    """Input, weight and options of PyTorch's convolution, in three dimensions, (T, 1, N): cuDNN has faster kernels there.
+
+    PyTorch asks the strides for the layout, also those of dimensions of size 1, which go in where these say channels_last_3d.
+    """
+    weight = call.weight.transpose(1, 2)[:, :, None, None].permute(0, 4, 1, 2, 3)
+    none, one = [0, 0, 0], [1, 1, 1]
+    padding = [call.weight.shape[2] // 2, 0, 0]
+    shape = {
+        "stride": one,
+        "padding": padding,
+        "dilation": one,
+        "transposed": False,
+        "output_padding": none,
+        "groups": 1,
+    }
+    return _planes(call.x), weight, shape
+
+
+def _planes(x: Tensor) -> Tensor:
+    """(B, T, N, C) as (B, C, T, 1, N)."""
+    return x.unsqueeze(2).permute(0, 4, 1, 2, 3)
 
 
 @contextmanager
@@ -222,15 +280,11 @@ def _geglu(call: GegluCall) -> Tensor:
     return a * F.gelu(b)
 
 
-def _layer_norm(call: LayerNormCall) -> Tensor:
+def _layer_norm(call: AddLayerNormCall) -> Tensor:
     dtype = torch.promote_types(call.x.dtype, torch.float32)
-    x = call.x.to(dtype)
-    # Not F.layer_norm: as F.group_norm, it loses digits of large means on a GPU.
-    var, mean = torch.var_mean(x, -1, correction=0, keepdim=True)
-    out = (x - mean) * (var + call.eps).rsqrt() * call.weight + call.bias
-    if call.offset is not None:
-        out = (out.view(-1, len(call.offset), call.tokens, x.shape[1]) + call.offset[:, None]).view(out.shape)
-    return out.to(call.x.dtype)
+    # Weight and bias outside of F.layer_norm, whose gradients of them on the CPU are long sums one by one.
+    y = F.layer_norm(call.x.to(dtype), call.x.shape[-1:], eps=call.eps) * call.weight + call.bias
+    return (y if call.offset is None else y + call.offset).to(call.x.dtype)
 
 
 def _aligned(x: Tensor) -> Tensor:
@@ -277,8 +331,8 @@ def _reference_geglu(call: GegluCall) -> Tensor:
     return reference.geglu(*call)
 
 
-def _reference_layer_norm(call: LayerNormCall) -> Tensor:
-    return reference.layer_norm(*call)
+def _reference_layer_norm(call: AddLayerNormCall) -> Tensor:
+    return reference.add_layer_norm(*call)[1]
 
 
 _QKV = ("q", "k", "v")
@@ -289,10 +343,10 @@ BACKENDS = {
         "pyramid": Eager(_pyramid, _QKV),
         "dual_stream": EagerDualStream(_stream),
         "temporal": Eager(_temporal, _QKV),
-        "temporal_conv": Eager(_temporal_conv, _AFFINE),
+        "temporal_conv": EagerConvolution(_temporal_conv, _AFFINE),
         "group_norm": Eager(_group_norm_silu, _AFFINE),
         "geglu": Eager(_geglu, ("x",)),
-        "layer_norm": Eager(_layer_norm, _AFFINE),
+        "add_layer_norm": EagerAddLayerNorm(_layer_norm, _AFFINE),
     },
     "reference": {
         "pyramid": Eager(_reference_pyramid, _QKV),
@@ -301,6 +355,6 @@ BACKENDS = {
         "temporal_conv": Eager(_reference_temporal_conv, _AFFINE),
         "group_norm": Eager(_reference_group_norm_silu, _AFFINE),
         "geglu": Eager(_reference_geglu, ("x",)),
-        "layer_norm": Eager(_reference_layer_norm, _AFFINE),
+        "add_layer_norm": EagerAddLayerNorm(_reference_layer_norm, _AFFINE),
     },
 }

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-from univid.kernels.calls import GroupNormSiluCall, TemporalConvCall
-from univid.ops import dispatch, dual_stream, geglu, group_norm, layer_norm, pyramid, temporal, temporal_conv
+from univid.kernels.calls import AddLayerNormCall, GroupNormSiluCall, TemporalConvCall
+from univid.ops import dispatch, dual_stream, geglu, group_norm, pyramid, temporal, temporal_conv
+from univid.ops.add_layer_norm import _arguments as _add_layer_norm_arguments
 
 
 class _Operator(NamedTuple):
@@ -24,7 +25,7 @@ _OPERATORS = {
     "temporal_conv": _Operator("temporal_conv", temporal_conv._arguments, lambda *a: TemporalConvCall(*a[:-1])),
     "group_norm_silu": _Operator("group_norm", group_norm._arguments, lambda *a: GroupNormSiluCall(*a[:-1])),
     "geglu": _Operator("geglu", geglu._arguments, lambda *a: geglu._call(*a[:-1])),
-    "layer_norm": _Operator("layer_norm", layer_norm._arguments, lambda *a: layer_norm._call(*a[:-1])),
+    "add_layer_norm": _Operator("add_layer_norm", _add_layer_norm_arguments, lambda *a: AddLayerNormCall(*a[:-1])),
 }
 
 

@@ -103,23 +103,24 @@ def geglu(x: Tensor, accumulate: torch.dtype | None = None) -> Tensor:
     return (a * (b * (0.5 * (1 + (b * 0.5**0.5).erf())))).to(x.dtype)
 
 
-def layer_norm(
+def add_layer_norm(
     x: Tensor,
     weight: Tensor,
     bias: Tensor,
     eps: float,
+    branch: Tensor | None,
     offset: Tensor | None,
-    tokens: int,
     accumulate: torch.dtype | None = None,
-) -> Tensor:
-    """LayerNorm of each row of x (M, C), and the row ``(m // tokens) % T`` of offset (T, C) added."""
+) -> tuple[Tensor, Tensor]:
+    """total = x + branch, rounded, and its LayerNorm over C, plus offset. x, branch (B, T, N, C), offset (T, 1, C)."""
     x_, weight_, bias_ = _promote(accumulate, x, weight, bias)
-    centred = x_ - x_.mean(-1, keepdim=True)
-    out = centred * (centred.square().mean(-1, keepdim=True) + eps).rsqrt() * weight_ + bias_
-    if offset is not None:
-        row = torch.arange(len(x), device=x.device) // tokens % len(offset)
-        out = out + offset.to(out.dtype)[row]
-    return out.to(x.dtype)
+    total = x if branch is None else (x_ + branch.to(x_.dtype)).to(x.dtype)
+    centred = total.to(x_.dtype)
+    centred = centred - centred.mean(-1, keepdim=True)
+    rstd = (centred.square().mean(-1, keepdim=True) + eps).rsqrt()
+    y = centred * rstd * weight_ + bias_
+    y = y if offset is None else y + offset.to(y.dtype)
+    return total, y.to(x.dtype)
 
 
 def _promote(accumulate: torch.dtype | None, *tensors: Tensor) -> tuple[Tensor, ...]:

@@ -42,28 +42,29 @@ def register(
     register_flop_formula(operator)(flops)
 
 
-def register_gradient(name: str, setup_context: Callable, backward: Callable) -> None:
-    """The autograd formula of ``univid::<name>``; ``backward(ctx, grad, ...)`` is called for a defined gradient of the
-    first output.
+def register_gradient(name: str, setup_context: Callable, backward: Callable, *, outputs: int = 1) -> None:
+    """The autograd formula of ``univid::<name>``; ``backward(ctx, grad, ...)`` is called where a gradient of the first
+    ``outputs`` outputs is defined, the others of them being None.
 
-    Only the first output is differentiable. Differentiating twice raises RuntimeError.
+    Only those are differentiable. Differentiating twice raises RuntimeError.
     """
 
     def setup(ctx: Any, inputs: tuple, output: Any) -> None:
         ctx.set_materialize_grads(False)  # else zeros would be made for the logsumexp at every backward
         if isinstance(output, tuple):
-            ctx.mark_non_differentiable(*output[1:])
+            ctx.mark_non_differentiable(*output[outputs:])
         ctx.num_inputs = len(inputs)
         ctx.deterministic = torch.are_deterministic_algorithms_enabled()
         setup_context(ctx, inputs, output)
 
-    def formula(ctx: Any, grad: Tensor | None, *_: None) -> tuple:
-        if grad is None:
+    def formula(ctx: Any, *grads: Tensor | None) -> tuple:
+        grads = grads[:outputs]
+        if all(grad is None for grad in grads):
             return (None,) * ctx.num_inputs
         with torch.no_grad():
-            gradients = backward(ctx, grad)
+            gradients = backward(ctx, *grads)
         if torch.is_grad_enabled():  # create_graph=True
-            saved = (grad, *(x for x in ctx.saved_tensors if x is not None))
+            saved = tuple(x for x in (*grads, *ctx.saved_tensors) if x is not None)
             gradients = tuple(None if g is None else _NotTwice.apply(name, g, *saved) for g in gradients)
         return gradients
 

@@ -9,11 +9,10 @@ from torch import Tensor
 
 from univid.kernels.calls import DualStreamCall, Stream, StreamGrads
 from univid.kernels.cuda import extension, unavailable
+from univid.kernels.cuda.tensors import DTYPES, dtype_of, queue, readable, refused, view
 
-_DTYPES = {torch.bfloat16: "BFLOAT16", torch.float16: "FLOAT16"}
-_WEIGHTS = {torch.float32: "FLOAT32", **_DTYPES}
+_WEIGHTS = {torch.float32: "FLOAT32", **DTYPES}
 _HEAD_DIM = 64
-_UNIT = 16  # bytes: what addresses and strides of a tensor map are multiples of
 _MAX_ROWS = 2**31 - 1
 
 
@@ -21,7 +20,7 @@ def unsupported(call: DualStreamCall) -> str | None:
     q = call.q
     if reason := unavailable(q.device, hopper=True):
         return reason
-    if q.dtype not in _DTYPES:
+    if q.dtype not in DTYPES:
         return f"dtype {q.dtype}: bfloat16 or float16 needed"
     if q.shape[4] != _HEAD_DIM:
         return f"head dimension {q.shape[4]}: {_HEAD_DIM} needed"
@@ -29,18 +28,12 @@ def unsupported(call: DualStreamCall) -> str | None:
         return f"T·N = {q.shape[1] * q.shape[2]}: at most {_MAX_ROWS} needed"
     lengths = [0 if stream is None else stream.k.shape[1] for stream in (call.text, call.image)]
     if not extension().dual_stream_attn_fits(*lengths):
-        return f"{lengths[0]} text and {lengths[1]} image keys: they do not fit into shared memory"
+        return f"{lengths[0]} text and {lengths[1]} image keys: at most 352 of one stream, or 88 and 264 of two, needed"
     tensors = {"q": q}
     for name, stream in (("text", call.text), ("image", call.image)):
         if stream is not None:
             tensors |= {f"k_{name}": stream.k, f"v_{name}": stream.v}
-    for name, x in tensors.items():
-        if not _is_aligned(x):
-            return f"{name}: its address and strides must be multiples of {_UNIT} bytes"
-        tokens = x.ndim - 3
-        if x.stride(tokens) == 0 and x.shape[tokens] > 1:
-            return f"{name}: expanded along its tokens"
-    return None
+    return refused(tensors, mapped=True)
 
 
 def forward(call: DualStreamCall) -> tuple[Tensor, Tensor, Tensor]:
@@ -55,11 +48,11 @@ def forward(call: DualStreamCall) -> tuple[Tensor, Tensor, Tensor]:
     weights = _readable_weights(call)
     extension().dual_stream_attn_forward(
         *_shape(call),
-        _view(q),
+        view(q),
         _streams(call, weights, lse_text, lse_image),
         _is_one_query(q),
         out.data_ptr(),
-        *_place(call),
+        *queue(q),
     )
     return out, lse_text, lse_image
 
@@ -75,8 +68,7 @@ def backward(
     image_grads: StreamGrads | None,
 ) -> None:
     q = call.q
-    if not _is_aligned(grad) or (grad.stride(2) == 0 and grad.shape[2] > 1):
-        grad = grad.clone(memory_format=torch.contiguous_format)
+    grad = readable(grad, mapped=True)
     one_query = _is_one_query(q) and _is_one_query(grad)
     weights = _readable_weights(call)
     streams = _streams(call, weights, lse_text, lse_image)
@@ -89,17 +81,17 @@ def backward(
     workspace = torch.empty(size, dtype=torch.uint8, device=q.device)
     extension().dual_stream_attn_backward(
         *_shape(call),
-        *map(_view, (q, grad, out, dq)),
+        *map(view, (q, grad, out, dq)),
         streams,
         gradients,
         one_query,
         workspace.data_ptr(),
-        *_place(call),
+        *queue(q),
     )
 
 
 def _shape(call: DualStreamCall) -> tuple:
-    return tuple(call.q.shape), call.scale, getattr(extension().DType, _DTYPES[call.q.dtype])
+    return tuple(call.q.shape), call.scale, dtype_of(call.q)
 
 
 def _streams(call: DualStreamCall, weights: Sequence[Tensor | float], lse_text: Tensor, lse_image: Tensor) -> list:
@@ -131,20 +123,5 @@ def _is_one_query(x: Tensor) -> bool:
     return frames == 1 or (x.stride(1) == tokens * x.stride(2) and x.stride(2) != 0)
 
 
-def _place(call: DualStreamCall) -> tuple[int, int]:
-    device = call.q.device
-    return device.index, torch.cuda.current_stream(device).cuda_stream
-
-
 def _address(x: Tensor | None) -> int:
     return 0 if x is None else x.data_ptr()
-
-
-def _view(x: Tensor | None) -> tuple[int, ...]:
-    return (0,) * 5 if x is None else (x.data_ptr(), *x.stride()[:4])
-
-
-def _is_aligned(x: Tensor) -> bool:
-    units = _UNIT // x.element_size()
-    strides = zip(x.shape[:-1], x.stride(), strict=False)
-    return x.data_ptr() % _UNIT == 0 and all(stride % units == 0 or size == 1 for size, stride in strides)

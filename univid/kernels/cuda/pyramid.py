@@ -8,10 +8,9 @@ from torch import Tensor
 
 from univid.kernels.calls import PyramidCall
 from univid.kernels.cuda import extension, unavailable
+from univid.kernels.cuda.tensors import DTYPES, dtype_of, queue, readable, refused, view
 
-_DTYPES = {torch.bfloat16: "BFLOAT16", torch.float16: "FLOAT16"}
 _HEAD_DIM = 64
-_UNIT = 16  # bytes: what addresses and strides of a tensor map are multiples of
 _MAX_ROWS = 2**31 - 1
 
 
@@ -19,18 +18,13 @@ def unsupported(call: PyramidCall) -> str | None:
     q = call.q
     if reason := unavailable(q.device, hopper=True):
         return reason
-    if q.dtype not in _DTYPES:
+    if q.dtype not in DTYPES:
         return f"dtype {q.dtype}: bfloat16 or float16 needed"
     if q.shape[4] != _HEAD_DIM:
         return f"head dimension {q.shape[4]}: {_HEAD_DIM} needed"
     if q.shape[1] * q.shape[2] > _MAX_ROWS or call.k.shape[2] > _MAX_ROWS:
         return f"T·N = {q.shape[1] * q.shape[2]}, Nk = {call.k.shape[2]}: at most {_MAX_ROWS} needed"
-    for name, x in (("q", q), ("k", call.k), ("v", call.v)):
-        if not _is_aligned(x):
-            return f"{name}: its address and strides must be multiples of {_UNIT} bytes"
-        if x.stride(2) == 0 and x.shape[2] > 1:
-            return f"{name}: expanded along its tokens"
-    return None
+    return refused({"q": q, "k": call.k, "v": call.v}, mapped=True)
 
 
 def forward(call: PyramidCall) -> tuple[Tensor, Tensor]:
@@ -40,12 +34,12 @@ def forward(call: PyramidCall) -> tuple[Tensor, Tensor]:
     logsumexp = torch.empty((clips, heads, frames, tokens), dtype=torch.float32, device=q.device)
     extension().pyramid_st_attn_forward(
         *_shape(call),
-        *map(_view, (q, call.k, call.v)),
+        *map(view, (q, call.k, call.v)),
         _table(call),
         _is_one_query(call, q),
         out.data_ptr(),
         logsumexp.data_ptr(),
-        *_place(call),
+        *queue(call.q),
     )
     return out, logsumexp
 
@@ -60,15 +54,14 @@ def backward(
     dv: Tensor | None,
 ) -> None:
     q, inverse = call.q, call.inverse
-    if not _is_aligned(grad) or (grad.stride(2) == 0 and grad.shape[2] > 1):
-        grad = grad.clone(memory_format=torch.contiguous_format)  # also where only its address is odd
+    grad = readable(grad, mapped=True)
     one_query = _is_one_query(call, q, grad, *([] if dq is None else [dq]))
     asked = tuple(x is not None for x in (dq, dk, dv))
     size = extension().pyramid_st_attn_workspace(*_shape(call), one_query, asked, call.deterministic, q.device.index)
     workspace = torch.empty(size, dtype=torch.uint8, device=q.device)
     extension().pyramid_st_attn_backward(
         *_shape(call),
-        *map(_view, (q, call.k, call.v, grad, dq, dk, dv)),
+        *map(view, (q, call.k, call.v, grad, dq, dk, dv)),
         _table(call),
         (0, 0) if inverse is None else (inverse.data_ptr(), inverse.stride(0) if inverse.shape[0] > 1 else 0),
         call.table.shape[1] == 1,
@@ -77,14 +70,14 @@ def backward(
         out.data_ptr(),
         logsumexp.data_ptr(),
         workspace.data_ptr(),
-        *_place(call),
+        *queue(call.q),
     )
 
 
 def _shape(call: PyramidCall) -> tuple:
     q, k = call.q, call.k
     sizes = (*q.shape, k.shape[1], k.shape[2], call.table.shape[2])
-    return sizes, call.scale, getattr(extension().DType, _DTYPES[q.dtype])
+    return sizes, call.scale, dtype_of(q)
 
 
 def _table(call: PyramidCall) -> tuple[int, ...]:
@@ -97,18 +90,3 @@ def _is_one_query(call: PyramidCall, *queries: Tensor) -> bool:
     """Whether T·N tokens can run as one long query: all frames share their row, and frames follow each other."""
     frames, tokens = call.q.shape[1:3]
     return call.table.shape[1] == 1 and (frames == 1 or all(x.stride(1) == tokens * x.stride(2) != 0 for x in queries))
-
-
-def _place(call: PyramidCall) -> tuple[int, int]:
-    device = call.q.device
-    return device.index, torch.cuda.current_stream(device).cuda_stream
-
-
-def _view(x: Tensor | None) -> tuple[int, ...]:
-    return (0,) * 5 if x is None else (x.data_ptr(), *x.stride()[:4])
-
-
-def _is_aligned(x: Tensor) -> bool:
-    units = _UNIT // x.element_size()
-    strides = zip(x.shape[:-1], x.stride(), strict=False)
-    return x.data_ptr() % _UNIT == 0 and all(stride % units == 0 or size == 1 for size, stride in strides)

@@ -178,7 +178,7 @@ def _input_gradient(
 
 
 @triton.jit(do_not_specialize=["images"])
-def _affine_gradients(
+def affine_gradients(
     sums_ptr, dweight_ptr, dbias_ptr, stride_dweight, stride_dbias, images,
     CHANNELS: tl.constexpr, COLUMNS: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
@@ -211,7 +211,7 @@ _BACKWARD_SLAB = Tuned(_backward_slab, slab_configs)
 _GRADIENT_SUMS = Tuned(_gradient_sums, part_configs((32, 64, 4), (64, 32, 4), (64, 64, 8), rows="STEP"))
 _MERGE_SUMS = Tuned(_merge_sums, merge_configs)
 _INPUT_GRADIENT = Tuned(_input_gradient, part_configs((16, 64, 2), (16, 128, 4), (64, 64, 4), (128, 32, 4)))
-_AFFINE_GRADIENTS = Tuned(_affine_gradients, lambda _: [Config({"COLUMNS": 32, "ROWS": 64}, num_warps=4, num_stages=1)])
+_AFFINE_GRADIENTS = Tuned(affine_gradients, lambda _: [Config({"COLUMNS": 32, "ROWS": 64}, num_warps=4, num_stages=1)])
 
 
 def backward(
@@ -256,13 +256,6 @@ def backward(
         if dx is not None:
             strides = (*strides, strides_of(dx), *affine)
             _INPUT_GRADIENT(parts, *inputs, means, dx, *strides, rows, key=key, **constants)
-    if sums is not None:
-        affine_gradients(sums, dweight, dbias)
-
-
-def affine_gradients(sums: Tensor, dweight: Tensor | None, dbias: Tensor | None) -> None:
-    """Adds up the sums (M, 2, C) of dz and of dz·x̂ over M, float32, in a fixed order."""
-    images, _, channels = sums.shape
     if dweight is not None or dbias is not None:
         ends = [0 if tensor is None else tensor.stride(0) for tensor in (dweight, dbias)]
         _AFFINE_GRADIENTS(
