@@ -6,7 +6,9 @@ from types import ModuleType
 from typing import NamedTuple
 
 from benchmarks import (
+    bench_add_bias,
     bench_add_layer_norm,
+    bench_concat,
     bench_dual_stream,
     bench_geglu,
     bench_group_norm,
@@ -21,6 +23,8 @@ BENCHES = (
     bench_temporal_conv,
     bench_group_norm,
     bench_geglu,
+    bench_concat,
+    bench_add_bias,
     bench_add_layer_norm,
     bench_temporal,
     bench_dual_stream,

@@ -11,7 +11,7 @@ class Level(NamedTuple):
     tokens: int  # N
     heads: int  # H
     refs: int  # R
-    channels: int  # C of temporal_conv, group_norm_silu and add_layer_norm; geglu has four times as many
+    channels: int  # C of temporal_conv, the norms, add_bias and concat; geglu has four times as many
     taps: int  # K of temporal_conv
     dim: int = 64  # D
 

@@ -20,6 +20,8 @@ MODULES = {
     "temporal_attn": "temporal",
     "temporal_conv": "temporal_conv",
     "group_norm_silu": "group_norm",
+    "add_bias": "add_bias",
+    "concat": "concat",
     "geglu": "geglu",
     "add_layer_norm": "add_layer_norm",
 }

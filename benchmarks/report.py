@@ -31,6 +31,8 @@ UNITS = {
     "temporal_attn": ("ms", "ms", "{:.3f}"),
     "temporal_conv": ("tflops", "TFLOP/s", "{:.0f}"),
     "group_norm_silu": ("gbs", "GB/s", "{:.0f}"),
+    "add_bias": ("gbs", "GB/s", "{:.0f}"),
+    "concat": ("gbs", "GB/s", "{:.0f}"),
     "geglu": ("gbs", "GB/s", "{:.0f}"),
     "add_layer_norm": ("gbs", "GB/s", "{:.0f}"),
 }

@@ -26,6 +26,8 @@ OPERATOR = {
     "conv-plain": "temporal_conv",
     "norm": "group_norm_silu",
     "norm-float32": "group_norm_silu",  # float32 affine parameters, no activation
+    "concat": "concat",
+    "bias": "add_bias",
     "geglu": "geglu",
     "sum": "add_layer_norm",
     "sum-plain": "add_layer_norm",  # the norm alone
@@ -38,10 +40,12 @@ OPERATORS = (
     "dual",
     "conv",
     "norm",
+    "concat",
+    "bias",
     "geglu",
     "sum",
 )  # each one once
-KEEPS_DTYPE = ("norm", "norm-float32", "geglu", "sum", "sum-plain")  # of x, under autocast too
+KEEPS_DTYPE = ("norm", "norm-float32", "concat", "bias", "geglu", "sum", "sum-plain")  # of x, under autocast too
 
 every_case = pytest.mark.parametrize("case", OPERATOR)
 every_operator = pytest.mark.parametrize("case", OPERATORS)
@@ -93,6 +97,10 @@ def arguments(case, seed=0, *, device="cpu", dtype=torch.float32, B=B, T=T, N=N,
         case "norm-float32":
             affine = each("weight bias", channels, dtype=torch.promote_types(dtype, torch.float32))
             return {"x": randn(B, N, channels), "num_groups": 2} | affine | {"eps": 1e-5, "silu": False}
+        case "concat":
+            return {"x": randn(B, T, N, channels), "y": randn(B, T, N, channels_out)}
+        case "bias":
+            return {"x": randn(B, T, N, channels), "bias": randn(channels)}
         case "geglu":
             return {"x": randn(B, T, N, 2 * channels)}
         case "sum":

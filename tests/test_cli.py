@@ -88,7 +88,7 @@ def test_info(model, capsys):
 def test_doctor(capsys):
     assert main(["doctor"]) == 0
     printed = capsys.readouterr().out
-    assert "All 9 operators are right" in printed
+    assert "All 11 operators are right" in printed
     assert "GPU: " in printed
 
 

@@ -31,6 +31,8 @@ def calls():
         "temporal_attn_qkv": (torch.stack([q, k, v], 3),),
         "temporal_conv": (torch.randn(B, T, N, C), torch.randn(C, C, 3)),
         "group_norm_silu": (torch.randn(B, N, C), 3, torch.randn(C), torch.randn(C), 1e-5),
+        "concat": (torch.randn(B, T, N, C), torch.randn(B, T, N, C)),
+        "add_bias": (torch.randn(B, T, N, C), torch.randn(C)),
         "geglu": (torch.randn(B, T, N, C),),
         "add_layer_norm": (torch.randn(B, T, N, C), torch.randn(C), torch.randn(C)),
     }
@@ -362,6 +364,7 @@ calls = [
     (ops.pyramid_st_attn, (q, k, v, refs)), (ops.pyramid_st_attn_qkv, (qkv, refs)), (ops.dual_stream_attn, (q, *keys)),
     (ops.temporal_attn, (q, k, v)), (ops.temporal_attn_qkv, (qkv,)),
     (ops.temporal_conv, (x, torch.randn(6, 6, 3, requires_grad=True))), (ops.group_norm_silu, (x[0], 3, c, c, 1e-5)),
+    (ops.add_bias, (x, c)), (ops.concat, (x, c * x)),
     (ops.geglu, (q[0],)), (lambda *args, **options: ops.add_layer_norm(*args, **options)[1], (x, c, c)),
 ]
 for operator, args in calls:

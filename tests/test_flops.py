@@ -21,6 +21,8 @@ FLOPS = {  # forward, backward with all gradients
     "conv-plain": (2 * CONV * 5, 4 * CONV * 5),
     "norm": (0, 0),
     "norm-float32": (0, 0),
+    "concat": (0, 0),
+    "bias": (0, 0),
     "geglu": (0, 0),
     "sum": (0, 0),
     "sum-plain": (0, 0),

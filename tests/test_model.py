@@ -184,7 +184,7 @@ def test_order_of_the_operators():
     x, t, *conditions = inputs()
     with Operators() as ran:
         unet(x, t, *conditions, fps=8)
-    block = ["group_norm_silu", "temporal_conv"] * 2  # with the time embedding after the first
+    block = ["group_norm_silu", "add_bias", "temporal_conv"] * 2  # with the time embedding after the first
     attention = [
         "group_norm_silu",
         *("add_layer_norm", "pyramid_st_attn_qkv"),
@@ -193,8 +193,10 @@ def test_order_of_the_operators():
         *("add_layer_norm", "geglu"),
     ]
     order = [name.removeprefix("univid.") for name in ran.names if name.startswith("univid.")]
-    outside, inside = block + attention, block
-    assert order == outside + inside + block + attention + block + inside * 2 + outside * 2 + ["group_norm_silu"]
+    outside, inside, conv = block + attention, block, ["add_bias"]
+    down, mid = conv + outside + conv + inside, block + attention + block
+    up = ["concat", *inside] * 2 + conv + ["concat", *outside] * 2
+    assert order == down + mid + up + ["group_norm_silu"] + conv
     assert not [name for name in ran.names if "scaled_dot_product" in name or "conv3d" in name]
 
 

@@ -290,7 +290,8 @@ def peak(run):
 
 
 FAR = 2**30 + 2**20  # the third element along a dimension of this stride lies past 2³¹
-RANKS = {"pyramid": 4, "pyramid_qkv": 5, "temporal": 4, "temporal_qkv": 5, "dual": 4, "conv": 3, "norm": 2, "sum": 3}
+RANKS = {"pyramid": 4, "pyramid_qkv": 5, "temporal": 4, "temporal_qkv": 5, "dual": 4}
+RANKS |= {"conv": 3, "norm": 2, "concat": 3, "bias": 3, "sum": 3}
 
 
 @pytest.fixture(scope="module")
@@ -335,6 +336,8 @@ LARGE = {  # inputs and outputs past 2³¹ elements; the dimension that is cut, 
     "dual": ({"B": 2, "T": 8, "N": 262200, "H": 8}, 2, 50),
     "conv": ({"B": 1, "T": 8, "N": 2100000}, 2, 50),
     "norm": ({"B": 33, "N": 510000}, 0, 1),
+    "concat": ({"B": 1, "T": 8, "N": 2100000}, 2, 50),
+    "bias": ({"B": 1, "T": 8, "N": 2100000}, 2, 50),
     "sum": ({"B": 1, "T": 8, "N": 2100000}, -2, 50),
 }
 

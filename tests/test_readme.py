@@ -90,7 +90,7 @@ def test_package_imports_no_torch():
 def test_doctor_passes(gpu):
     result = python("-m", "univid.doctor", gpu=gpu)
     assert result.returncode == 0, result.stdout + result.stderr
-    assert re.search(r"^All 9 operators are right \(\d+ s\)\.$", result.stdout, flags=re.MULTILINE)
+    assert re.search(r"^All 11 operators are right \(\d+ s\)\.$", result.stdout, flags=re.MULTILINE)
     assert max(map(len, result.stdout.splitlines())) <= 100
 
 
@@ -114,4 +114,4 @@ def test_doctor_names_what_cannot_run(monkeypatch, capsys):
     assert doctor.main() == 1
     printed = capsys.readouterr().out
     assert "pyramid_st_attn: UNIVID_BACKEND=cuda cannot run its forward: " in printed
-    assert "9 of 9 operators failed" in printed
+    assert "11 of 11 operators failed" in printed

@@ -1,6 +1,6 @@
 """``temporal_conv``: every backend against float64, over kernel widths, layouts of the weight, bias and residual."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pytest
 import torch
@@ -10,6 +10,7 @@ from torch import Tensor
 
 from tests.tester import DTYPES, Case, Operator, Random, Run, Tester, drawn_runs, every_run
 from univid.ops import reference, temporal_conv
+from univid.ops.eager import TorchConvolution
 
 BF16, FP16, FP32 = DTYPES
 
@@ -20,7 +21,11 @@ def _reference(inputs: dict, options: dict, accumulate: torch.dtype | None) -> T
     )
 
 
-CONV = Operator("temporal_conv", "temporal_conv", ("x", "weight", "bias"), _reference)
+CONV = Operator(
+    *("temporal_conv", "temporal_conv", ("x", "weight", "bias"), _reference),
+    passed_on=("residual",),
+    alike=("weight",),
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,7 +36,7 @@ class ConvCase(Case):
     C: int = 40
     C_out: int = 24
     K: int = 3
-    bias: bool = True
+    bias: str | None = "all"  # of all clips, or of "each"
     residual: bool = True
     layout: str = "contiguous"  # of x and the residual
     channels_first: bool = False  # the weight lies as (C_out, C, K); by default as (C_out, K, C), viewed transposed
@@ -44,7 +49,7 @@ class ConvCase(Case):
         else:
             inputs["weight"] = random(self.C_out, self.K, self.C).transpose(1, 2)
         if self.bias:
-            inputs["bias"] = random(self.C_out)
+            inputs["bias"] = random(*([self.B] if self.bias == "each" else []), self.C_out)
         if self.residual:
             inputs["residual"] = random(self.B, self.T, self.N, self.C_out, layout=self.layout)
         return inputs, {}
@@ -64,9 +69,11 @@ CASES = [
     ConvCase(id="one-token", N=1),
     ConvCase(id="one-channel", C=1, C_out=1),
     ConvCase(id="square", C=64, C_out=64, N=64, T=8, compiled=DTYPES),
-    ConvCase(id="no-bias", bias=False, **ONCE),
+    ConvCase(id="no-bias", bias=None, **ONCE),
+    ConvCase(id="bias-of-each-clip", bias="each", compiled=DTYPES, **(TWICE | {"small": {"N": 7}})),
+    ConvCase(id="bias-of-each-clip-long", bias="each", T=16, N=180, C_out=320, C=64),
     ConvCase(id="no-residual", residual=False, **ONCE),
-    ConvCase(id="alone", bias=False, residual=False),
+    ConvCase(id="alone", bias=None, residual=False),
     ConvCase(id="channels-first", channels_first=True, compiled=(BF16, FP32), **ONCE),
     ConvCase(id="sliced", layout="sliced", **ONCE),
     ConvCase(id="odd", layout="odd"),
@@ -77,12 +84,63 @@ CASES = [
     ConvCase(id="needs-x", needs=("x",), **ONCE),
     ConvCase(id="needs-weight", needs=("weight",)),
     ConvCase(id="needs-bias", needs=("bias",), **ONCE),
+    ConvCase(id="needs-bias-of-each-clip", needs=("bias",), bias="each"),
 ]  # fmt: skip
 
 
 @every_run(CONV, CASES)
 def test_like_float64(case: ConvCase, run: Run):
     Tester.of(CONV, case, run).check(run.backend)
+
+
+def _around_itself(inputs: dict, options: dict, accumulate: torch.dtype | None) -> Tensor:
+    return reference.temporal_conv(inputs["x"], inputs["weight"], inputs["bias"], inputs["x"], accumulate)
+
+
+@every_run(CONV, [case for case in CASES if case.id in ("remainders", "sliced", "expanded-clips", "needs-x")])
+def test_residual_that_is_x(case: ConvCase, run: Run):
+    """Its gradient is part of x's, whose kernel adds it."""
+    case = replace(case, **case.small) if run.place == "interpreter" else case
+    inputs, _ = replace(case, C_out=case.C, residual=False).arguments()
+    operator = CONV._replace(reference=_around_itself, arguments=lambda inputs: inputs | {"residual": inputs["x"]})
+    tester = Tester(operator, inputs, {}, dtype=run.dtype, device=run.device, needs=case.needs, name=case.id)
+    tester.check(run.backend)
+
+
+def test_residual_that_is_x_compiled(monkeypatch: pytest.MonkeyPatch):
+    """A graph knows it too."""
+    added = []
+    differentiate = TorchConvolution.backward
+    monkeypatch.setattr(
+        *(TorchConvolution, "backward"),
+        lambda self, call, *rest: (added.append(call.residual is not None), differentiate(self, call, *rest)),
+    )
+    inputs, _ = replace(ConvCase(id="square", C=8, C_out=8, bias="each", residual=False)).arguments()
+    leaves = [x.float().requires_grad_() for x in inputs.values()]
+
+    def call(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        x = 1.5 * x
+        return temporal_conv(x, weight, bias, residual=x, backend="torch")
+
+    torch._dynamo.reset()
+    results = [
+        torch.autograd.grad(function(*leaves).square().sum(), leaves)
+        for function in (call, torch.compile(call, backend="aot_eager", fullgraph=True))
+    ]
+    torch.testing.assert_close(*results)
+    assert added == [True, True]
+
+
+def test_gradients_are_not_copied():
+    """The residual's is the incoming one, and the weight's lies as the weight does."""
+    inputs, _ = ConvCase(id="small").arguments()
+    leaves = {name: x.float().requires_grad_() for name, x in inputs.items()}
+    weight = leaves["weight"] = inputs["weight"].transpose(1, 2).float().contiguous().requires_grad_()
+    out = temporal_conv(**leaves | {"weight": weight.transpose(1, 2)})
+    grad = torch.randn_like(out)
+    dresidual, dweight = torch.autograd.grad(out, (leaves["residual"], weight), grad)
+    assert dresidual.data_ptr() == grad.data_ptr()
+    assert dweight.is_contiguous()
 
 
 @drawn_runs(CONV, (BF16, 3), (FP32, 5))
@@ -102,6 +160,9 @@ def test_gradcheck(backend: str, channels_first: bool):
     inputs, _ = ConvCase(id="tiny", T=3, N=2, C=3, C_out=2, channels_first=channels_first).arguments()
     leaves = [x.detach().requires_grad_() for x in inputs.values()]
     assert torch.autograd.gradcheck(lambda x, w, b, r: temporal_conv(x, w, b, residual=r, backend=backend), leaves)
+    square, _ = ConvCase(id="square", T=3, N=2, C=3, C_out=3, bias="each").arguments()
+    leaves = [square[name].detach().requires_grad_() for name in ("x", "weight", "bias")]
+    assert torch.autograd.gradcheck(lambda x, w, b: temporal_conv(x, w, b, residual=x, backend=backend), leaves)
 
 
 @every_run(CONV, [Case(id="empty")])

@@ -42,15 +42,23 @@ def _temporal(dim: int, frames: int) -> torch.Tensor:
     return ops.temporal_attn(*(_leaf(1, frames, 48, 2, dim) for _ in "qkv"), **ON)
 
 
-def _temporal_conv(channels: int) -> torch.Tensor:
+def _temporal_conv(channels: int, *clips: int) -> torch.Tensor:
     weight = _leaf(channels, 3, channels).transpose(1, 2)
-    residual = _leaf(1, 8, 720, channels)
-    return ops.temporal_conv(_leaf(1, 8, 720, channels), weight, _leaf(channels), residual=residual, **ON)
+    x = _leaf(*(clips or (1,)), 8, 720, channels)
+    return ops.temporal_conv(x, weight, _leaf(*clips, channels), residual=x, **ON)
 
 
 def _group_norm(channels: int, tokens: int) -> torch.Tensor:
     affine = (torch.zeros(channels, requires_grad=True) for _ in "wb")
     return ops.group_norm_silu(_leaf(2, tokens, channels), 32, *affine, 1e-5, **ON)
+
+
+def _concat(channels: int) -> torch.Tensor:
+    return ops.concat(_leaf(1, 8, 720, channels), _leaf(1, 8, 720, 2 * channels), **ON)
+
+
+def _add_bias(channels: int) -> torch.Tensor:
+    return ops.add_bias(_leaf(1, 8, 720, channels), _leaf(channels), **ON)
 
 
 def _geglu(channels: int) -> torch.Tensor:
@@ -77,9 +85,14 @@ CALLS: dict[str, Callable[[], torch.Tensor]] = {
     "temporal-64-long": partial(_temporal, 64, 100),
     "temporal-80": partial(_temporal, 80, 24),
     "temporal_conv-320": partial(_temporal_conv, 320),
+    "temporal_conv-320-clips": partial(_temporal_conv, 320, 2),
     "temporal_conv-40": partial(_temporal_conv, 40),
     "group_norm-320": partial(_group_norm, 320, 2880),
     "group_norm-1280": partial(_group_norm, 1280, 45),
+    "concat-320": partial(_concat, 320),
+    "concat-40": partial(_concat, 40),
+    "add_bias-320": partial(_add_bias, 320),
+    "add_bias-40": partial(_add_bias, 40),
     "geglu-1280": partial(_geglu, 1280),
     "geglu-40": partial(_geglu, 40),
     "add_layer_norm-320": partial(_add_layer_norm, 320, torch.zeros(8, 1, 320)),

@@ -18,7 +18,18 @@ ROOT = Path(__file__).parent.parent
 @pytest.mark.skipif(find_spec("triton") is None, reason="Triton is not installed")
 @pytest.mark.parametrize("half", ["fp16", "fp32"])
 @pytest.mark.parametrize(
-    "operator", ["pyramid", "dual_stream", "temporal", "temporal_conv", "group_norm", "geglu", "add_layer_norm"]
+    "operator",
+    [
+        "pyramid",
+        "dual_stream",
+        "temporal",
+        "temporal_conv",
+        "group_norm",
+        "geglu",
+        "concat",
+        "add_bias",
+        "add_layer_norm",
+    ],
 )
 def test_interpreted(operator: str, half: str):
     command = [sys.executable, "-m", "pytest", "-q", "-m", "interpreter", "-k", half, "-p", "no:cacheprovider"]

@@ -160,6 +160,20 @@ def cases(device: torch.device, dtype: torch.dtype) -> list[Case]:
             lambda x, a: reference.group_norm_silu(x["x"], groups, x["weight"], x["bias"], 1e-5, True, a)[0],
         ),
         Case(
+            "concat",
+            f"B{clips} T{frames} N{tokens} C{channels}+{channels}",
+            {name: make(clips, frames, tokens, channels) for name in "xy"},
+            {},
+            lambda x, a: reference.concat(**x),
+        ),
+        Case(
+            "add_bias",
+            f"B{clips} T{frames} N{tokens} C{channels}",
+            {"x": make(clips, frames, tokens, channels), "bias": make(channels)},
+            {},
+            lambda x, a: reference.add_bias(x["x"], x["bias"], a),
+        ),
+        Case(
             "geglu",
             f"B{clips} T{frames} N{tokens} C{4 * channels}",
             {"x": make(clips, frames, tokens, 8 * channels)},

@@ -84,15 +84,29 @@ class TemporalCall(NamedTuple):
 
 class TemporalConvCall(NamedTuple):
     """``forward -> out`` (B, T, N, C_out); ``backward(call, grad, dx, dweight, dbias)``. The residual's gradient is
-    ``grad`` itself.
+    ``grad`` itself; in a backward ``residual`` is what dx is added to: grad where the residual was x, or None.
 
-    All tensors share x's dtype.
+    All tensors share x's dtype. dweight lies as weight does.
     """
 
     x: Tensor  # (B, T, N, C)
     weight: Tensor  # (C_out, C, K), K odd, any strides; fast where C is contiguous
-    bias: Tensor | None  # (C_out,), any stride
+    bias: Tensor | None  # (C_out,) or (B, C_out), any strides
     residual: Tensor | None  # (B, T, N, C_out)
+
+
+class AddBiasCall(NamedTuple):
+    """``forward -> out`` (B, T, N, C); ``backward(call, dbias)``: in a backward x is the incoming gradient."""
+
+    x: Tensor  # (B, T, N, C)
+    bias: Tensor  # (C,), x's dtype or float32, any stride
+
+
+class ConcatCall(NamedTuple):
+    """``forward -> out`` (B, T, N, C1 + C2); ``backward(call, dx, dy)``: in a backward x and y are the incoming gradient's parts."""
+
+    x: Tensor  # (B, T, N, C1)
+    y: Tensor  # (B, T, N, C2), x's dtype
 
 
 class GegluCall(NamedTuple):

@@ -18,6 +18,8 @@ SIZES = {
     "temporal": ("frames",),
     "temporal_conv": ("channels", "taps", "epilogue"),
     "group_norm": ("tokens",),
+    "concat": ("channels",),
+    "add_bias": ("channels",),
     "geglu": ("channels",),
     "add_layer_norm": ("channels",),
 }

@@ -17,7 +17,9 @@ from torch import Tensor, nn
 from univid.model.config import UNetConfig
 from univid.ops import (
     ReferenceFrames,
+    add_bias,
     add_layer_norm,
+    concat,
     dual_stream_attn,
     geglu,
     group_norm_silu,
@@ -34,30 +36,30 @@ Weight = float | Tensor
 
 
 class ResidualBlock(nn.Module):
-    """Two 3x3 convolutions, each followed by PSTC; the time embedding is added in between."""
+    """Two 3x3 convolutions, each followed by PSTC; the time embedding is added in between, by the first PSTC."""
 
     def __init__(self, config: UNetConfig, level: int, in_channels: int, out_channels: int):
         super().__init__()
         self.norm1 = GroupNorm(config, in_channels, config.norm_eps, silu=True)
-        self.conv1 = Conv2d(in_channels, out_channels)
+        self.conv1 = Conv2d(config, in_channels, out_channels)
         self.temporal_conv1 = TemporalConv(config, level, out_channels)
         self.time_emb_proj = nn.Linear(4 * config.channels[0], out_channels)
         self.norm2 = GroupNorm(config, out_channels, config.norm_eps, silu=True)
-        self.conv2 = Conv2d(out_channels, out_channels)
+        self.conv2 = Conv2d(config, out_channels, out_channels)
         self.temporal_conv2 = TemporalConv(config, level, out_channels)
         # A 1x1 convolution: on channels-last activations, a linear layer.
         self.conv_shortcut = nn.Linear(in_channels, out_channels) if in_channels != out_channels else nn.Identity()
 
     def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
         """x ``(B, T, h, w, C)``, embedding ``(B, 4·C_1)`` after its SiLU."""
-        h = self.temporal_conv1(self.conv1(self.norm1(x)))
-        h = h + self.time_emb_proj(embedding)[:, None, None, None]
+        h = self.temporal_conv1(self.conv1(self.norm1(x)), self.time_emb_proj(embedding))
         h = self.temporal_conv2(self.conv2(self.norm2(h)))
         return self.conv_shortcut(x) + h
 
 
 class TemporalConv(nn.Module):
-    """PSTC (III-A1): ``y = x + temporal_conv(x)``, the identity at first. An image passes by."""
+    """PSTC (III-A1): ``y = x + temporal_conv(x)``, the identity at first. An image passes by. ``offset`` ``(B, C)`` is added
+    behind it."""
 
     def __init__(self, config: UNetConfig, level: int, channels: int):
         super().__init__()
@@ -72,18 +74,20 @@ class TemporalConv(nn.Module):
         for parameter in self.parameters(recurse=False):
             nn.init.zeros_(parameter)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, offset: Tensor | None = None) -> Tensor:
         if not self.taps or x.shape[1] == 1:
-            return x
+            return x if offset is None else x + offset[:, None, None, None]
         x_ = x.flatten(2, 3)
-        return temporal_conv(x_, self.weight.transpose(1, 2), self.bias, residual=x_, backend=self.backend).view_as(x)
+        bias = self.bias if offset is None else self.bias + offset
+        return temporal_conv(x_, self.weight.transpose(1, 2), bias, residual=x_, backend=self.backend).view_as(x)
 
 
 class Conv2d(nn.Module):
-    """A 3x3 convolution of every frame."""
+    """A 3x3 convolution of every frame. PyTorch would add its bias in a pass behind cuDNN's, as here: that pass is ours."""
 
-    def __init__(self, in_channels: int, out_channels: int, stride: int = 1):
+    def __init__(self, config: UNetConfig, in_channels: int, out_channels: int, stride: int = 1):
         super().__init__()
+        self.backend = config.backend
         self.stride = stride
         self.weight = nn.Parameter(torch.empty(out_channels, 3, 3, in_channels))
         self.bias = nn.Parameter(torch.empty(out_channels))
@@ -99,32 +103,37 @@ class Conv2d(nn.Module):
         y = F.conv2d(
             x.flatten(0, 1).permute(0, 3, 1, 2),  # (B·T, C, h, w), in channels_last memory
             self.weight.permute(0, 3, 1, 2),
-            self.bias,
             stride=self.stride,
             padding=1,
         )
         # Contiguous as it is, except where PyTorch's convolution ignores channels_last (the meta device).
-        return y.permute(0, 2, 3, 1).contiguous().unflatten(0, x.shape[:2])
+        y = y.permute(0, 2, 3, 1).contiguous().unflatten(0, x.shape[:2])
+        return add_bias(y.flatten(2, 3), self.bias, backend=self.backend).view_as(y)
 
 
 class Downsample(nn.Module):
-    def __init__(self, channels: int):
+    def __init__(self, config: UNetConfig, channels: int):
         super().__init__()
-        self.conv = Conv2d(channels, channels, stride=2)
+        self.conv = Conv2d(config, channels, channels, stride=2)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.conv(x)
 
 
 class Upsample(nn.Module):
-    def __init__(self, channels: int):
+    def __init__(self, config: UNetConfig, channels: int):
         super().__init__()
-        self.conv = Conv2d(channels, channels)
+        self.conv = Conv2d(config, channels, channels)
 
     def forward(self, x: Tensor) -> Tensor:
         clips, frames, height, width, channels = x.shape
         x = x[:, :, :, None, :, None].expand(clips, frames, height, 2, width, 2, channels)  # the nearest neighbour
         return self.conv(x.reshape(clips, frames, 2 * height, 2 * width, channels))
+
+
+def join(x: Tensor, skip: Tensor, backend: str | None) -> Tensor:
+    """The channels of x, and behind them those of what the way down kept."""
+    return concat(x.flatten(2, 3), skip.flatten(2, 3), backend=backend).unflatten(2, x.shape[2:4])
 
 
 class GroupNorm(nn.GroupNorm):

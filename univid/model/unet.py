@@ -19,6 +19,7 @@ from univid.model.blocks import (
     Transformer,
     Upsample,
     Weight,
+    join,
     sinusoids,
 )
 from univid.model.config import UNetConfig
@@ -51,7 +52,7 @@ class UNet(Pretrained):
         channels = config.channels
         innermost = len(channels) - 1
 
-        self.conv_in = Conv2d(config.in_channels, channels[0])
+        self.conv_in = Conv2d(config, config.in_channels, channels[0])
         self.time_embedding = Embedding(config)
         self.fps_embedding = Embedding(config, zero=True) if config.fps_conditioning else None
 
@@ -64,7 +65,7 @@ class UNet(Pretrained):
             width = channels[level]
             skips += [width] * config.blocks_per_level
             if level < innermost:
-                down.downsamplers.append(Downsample(width))
+                down.downsamplers.append(Downsample(config, width))
                 skips.append(width)
             self.down_blocks.append(down)
 
@@ -79,11 +80,11 @@ class UNet(Pretrained):
                 width = channels[level]
             up = Level(config, level, inputs, attention=config.attention[level])
             if level > 0:
-                up.upsamplers.append(Upsample(width))
+                up.upsamplers.append(Upsample(config, width))
             self.up_blocks.append(up)
 
         self.conv_norm_out = GroupNorm(config, channels[0], config.norm_eps, silu=True)
-        self.conv_out = Conv2d(channels[0], config.out_channels)
+        self.conv_out = Conv2d(config, channels[0], config.out_channels)
 
     def forward(
         self,
@@ -154,7 +155,7 @@ class UNet(Pretrained):
 
         for level in self.up_blocks:
             for i, resnet in enumerate(level.resnets):
-                h = resnet(torch.cat([h, skips.pop()], dim=-1), embedding)
+                h = resnet(join(h, skips.pop(), self.config.backend), embedding)
                 if level.attentions:
                     h = attend(level.attentions[i], h, level.factor)
             for upsample in level.upsamplers:

@@ -4,7 +4,9 @@ Each takes PyTorch tensors on any device and runs on the fastest backend that ca
 GPUs), or PyTorch. ``explain`` says which one would run a call, and why the faster ones would not.
 """
 
+from univid.ops.add_bias import add_bias
 from univid.ops.add_layer_norm import add_layer_norm
+from univid.ops.concat import concat
 from univid.ops.dispatch import BACKENDS
 from univid.ops.dual_stream import dual_stream_attn
 from univid.ops.explain import explain
@@ -18,7 +20,9 @@ from univid.ops.temporal_conv import temporal_conv
 __all__ = [
     "BACKENDS",
     "ReferenceFrames",
+    "add_bias",
     "add_layer_norm",
+    "concat",
     "dual_stream_attn",
     "explain",
     "geglu",

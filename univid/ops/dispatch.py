@@ -33,6 +33,8 @@ _SIZES: dict[str, Callable[[Any], dict[str, int | bool]]] = {
         "epilogue": call.bias is not None or call.residual is not None,
     },
     "group_norm": lambda call: {"tokens": call.x.shape[1]},
+    "concat": lambda call: {"channels": sum(part.shape[-1] for part in call)},
+    "add_bias": lambda call: {"channels": call.x.shape[-1]},
     "geglu": lambda call: {"channels": call.x.shape[1] // 2},
     "add_layer_norm": lambda call: {"channels": call.x.shape[-1]},
 }

@@ -16,7 +16,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from univid.kernels.calls import (
+    AddBiasCall,
     AddLayerNormCall,
+    ConcatCall,
     DualStreamCall,
     GegluCall,
     GroupNormSiluCall,
@@ -74,27 +76,55 @@ class EagerAddLayerNorm(Eager):
             gradients[0].add_(grad_total)
 
 
+class EagerAddBias(Eager):
+    """The same, whose only gradient that is computed is the bias's."""
+
+    def backward(self, call: AddBiasCall, dbias: Tensor) -> None:  # type: ignore[override]
+        dbias.copy_(call.x.sum((0, 1, 2), dtype=torch.promote_types(dbias.dtype, torch.float32)))
+
+
+class EagerConcat(Eager):
+    """The same; its gradients are copies."""
+
+    def backward(self, call: ConcatCall, dx: Tensor | None, dy: Tensor | None) -> None:  # type: ignore[override]
+        for part, gradient in zip(call, (dx, dy), strict=True):
+            if gradient is not None:
+                gradient.copy_(part)
+
+
 class EagerConvolution(Eager):
-    """On a GPU its backward does not run the forward again, for a convolution's gradients follow from its inputs."""
+    """The same, where dx may be added to a residual."""
 
     def backward(self, call: TemporalConvCall, grad: Tensor, *gradients: Tensor | None) -> None:
+        self.differentiate(call._replace(residual=None), grad, *gradients)
+        if call.residual is not None and gradients[0] is not None:
+            gradients[0].add_(call.residual)
+
+    def differentiate(self, call: TemporalConvCall, grad: Tensor, *gradients: Tensor | None) -> None:
+        super().backward(call, grad, *gradients)
+
+
+class TorchConvolution(EagerConvolution):
+    """On a GPU its backward does not run the forward again, for a convolution's gradients follow from its inputs."""
+
+    def differentiate(self, call: TemporalConvCall, grad: Tensor, *gradients: Tensor | None) -> None:
         if not call.x.is_cuda:
-            return super().backward(call, grad, *gradients)
+            return super().differentiate(call, grad, *gradients)
+        dx, dweight, dbias = gradients
         x, weight, options = _over_time(call)
-        needs = [gradient is not None for gradient in gradients]
-        with _ieee_convolutions():
-            dx, dweight, dbias = torch.ops.aten.convolution_backward(
-                _planes(_aligned(grad)), x, weight, [len(weight)], **options, output_mask=needs
-            )
-        dx, dweight = (None if g is None else g.squeeze(3) for g in (dx, dweight))  # (B, C, T, N), (C_out, C, K, 1)
-        results = (
-            None if dx is None else dx.permute(0, 2, 3, 1),
-            None if dweight is None else dweight.squeeze(3),
-            dbias,
-        )
-        for gradient, result in zip(gradients, results, strict=True):
-            if gradient is not None:
-                gradient.copy_(result)
+        of_all = dbias is not None and dbias.ndim == 1  # not one of each clip
+        needs = [dx is not None, dweight is not None, of_all]
+        if any(needs):
+            with _ieee_convolutions():
+                results = torch.ops.aten.convolution_backward(
+                    _planes(_aligned(grad)), x, weight, [len(weight)], **options, output_mask=needs
+                )
+        if dx is not None:
+            dx.copy_(results[0].squeeze(3).permute(0, 2, 3, 1))  # of (B, C, T, 1, N)
+        if dweight is not None:
+            dweight.copy_(results[1].flatten(2))  # of (C_out, C, K, 1, 1)
+        if dbias is not None:
+            dbias.copy_(results[2] if of_all else grad.sum((1, 2)))
 
 
 class EagerDualStream:
@@ -216,14 +246,18 @@ def _temporal(call: TemporalCall) -> tuple[Tensor, Tensor]:
 
 def _temporal_conv(call: TemporalConvCall) -> Tensor:
     """A convolution over the (T, N) plane on channels-last memory as it is."""
+    of_clips = call.bias is not None and call.bias.ndim == 2
+    bias = None if of_clips else call.bias
     with _ieee_convolutions():
         if call.x.is_cuda:
             x, weight, options = _over_time(call)
-            out = torch.ops.aten.convolution(x, weight, call.bias, **options).permute(0, 2, 3, 4, 1).squeeze(2)
+            out = torch.ops.aten.convolution(x, weight, bias, **options).permute(0, 2, 3, 4, 1).squeeze(2)
         else:
             # Some of PyTorch's convolutions on the host (float64) have no gradient of a weight that is not contiguous.
             x, weight, padding = call.x.permute(0, 3, 1, 2), call.weight.contiguous(), call.weight.shape[2] // 2
-            out = F.conv2d(x, weight[..., None], call.bias, padding=(padding, 0)).permute(0, 2, 3, 1)
+            out = F.conv2d(x, weight[..., None], bias, padding=(padding, 0)).permute(0, 2, 3, 1)
+    if call.bias is not None and of_clips:
+        out = out + call.bias[:, None, None]
     out = out if call.residual is None else out + call.residual
     return out.contiguous()
 
@@ -273,6 +307,10 @@ def _group_norm_silu(call: GroupNormSiluCall) -> tuple[Tensor, Tensor, Tensor]:
     out = ((groups - mean) * rstd).flatten(-2) * call.weight + call.bias
     out = F.silu(out) if call.silu else out
     return out.to(call.x.dtype).contiguous(), mean.flatten(1), rstd.flatten(1)
+
+
+def _add_bias(call: AddBiasCall) -> Tensor:
+    return (call.x + call.bias).to(call.x.dtype)
 
 
 def _geglu(call: GegluCall) -> Tensor:
@@ -327,6 +365,14 @@ def _reference_group_norm_silu(call: GroupNormSiluCall) -> tuple[Tensor, Tensor,
     return reference.group_norm_silu(*call)
 
 
+def _reference_add_bias(call: AddBiasCall) -> Tensor:
+    return reference.add_bias(*call)
+
+
+def _concat(call: ConcatCall) -> Tensor:
+    return reference.concat(*call)
+
+
 def _reference_geglu(call: GegluCall) -> Tensor:
     return reference.geglu(*call)
 
@@ -343,8 +389,10 @@ BACKENDS = {
         "pyramid": Eager(_pyramid, _QKV),
         "dual_stream": EagerDualStream(_stream),
         "temporal": Eager(_temporal, _QKV),
-        "temporal_conv": EagerConvolution(_temporal_conv, _AFFINE),
+        "temporal_conv": TorchConvolution(_temporal_conv, _AFFINE),
         "group_norm": Eager(_group_norm_silu, _AFFINE),
+        "concat": EagerConcat(_concat, ("x", "y")),
+        "add_bias": EagerAddBias(_add_bias, ("bias",)),
         "geglu": Eager(_geglu, ("x",)),
         "add_layer_norm": EagerAddLayerNorm(_layer_norm, _AFFINE),
     },
@@ -352,8 +400,10 @@ BACKENDS = {
         "pyramid": Eager(_reference_pyramid, _QKV),
         "dual_stream": EagerDualStream(_reference_stream),
         "temporal": Eager(_reference_temporal, _QKV),
-        "temporal_conv": Eager(_reference_temporal_conv, _AFFINE),
+        "temporal_conv": EagerConvolution(_reference_temporal_conv, _AFFINE),
         "group_norm": Eager(_reference_group_norm_silu, _AFFINE),
+        "concat": EagerConcat(_concat, ("x", "y")),
+        "add_bias": EagerAddBias(_reference_add_bias, ("bias",)),
         "geglu": Eager(_reference_geglu, ("x",)),
         "add_layer_norm": EagerAddLayerNorm(_reference_layer_norm, _AFFINE),
     },

@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-from univid.kernels.calls import AddLayerNormCall, GroupNormSiluCall, TemporalConvCall
+from univid.kernels.calls import AddBiasCall, AddLayerNormCall, ConcatCall, GroupNormSiluCall, TemporalConvCall
 from univid.ops import dispatch, dual_stream, geglu, group_norm, pyramid, temporal, temporal_conv
+from univid.ops.add_bias import _arguments as _add_bias_arguments
 from univid.ops.add_layer_norm import _arguments as _add_layer_norm_arguments
+from univid.ops.concat import _arguments as _concat_arguments
 
 
 class _Operator(NamedTuple):
@@ -24,6 +26,8 @@ _OPERATORS = {
     "temporal_attn_qkv": _Operator("temporal", temporal._arguments_qkv, temporal._call_qkv),
     "temporal_conv": _Operator("temporal_conv", temporal_conv._arguments, lambda *a: TemporalConvCall(*a[:-1])),
     "group_norm_silu": _Operator("group_norm", group_norm._arguments, lambda *a: GroupNormSiluCall(*a[:-1])),
+    "concat": _Operator("concat", _concat_arguments, lambda *a: ConcatCall(*a[:-1])),
+    "add_bias": _Operator("add_bias", _add_bias_arguments, lambda *a: AddBiasCall(*a[:-1])),
     "geglu": _Operator("geglu", geglu._arguments, lambda *a: geglu._call(*a[:-1])),
     "add_layer_norm": _Operator("add_layer_norm", _add_layer_norm_arguments, lambda *a: AddLayerNormCall(*a[:-1])),
 }

@@ -64,13 +64,15 @@ def temporal_attn(
 def temporal_conv(
     x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None, accumulate: torch.dtype | None = None
 ) -> Tensor:
-    """out[b, t, n, o] = Σ_{j, c} x[b, t + j - K//2, n, c] · weight[o, c, j] + bias[o] + residual[b, t, n, o], frames
-    outside being 0."""
+    """out[b, t, n, o] = Σ_{j, c} x[b, t + j - K//2, n, c] · weight[o, c, j] + bias[b, o] + residual[b, t, n, o], frames
+    outside being 0; bias (C_out,) or (B, C_out)."""
     x_, weight_ = _promote(accumulate, x, weight)
     frames, taps = x.shape[1], weight.shape[2]
     padded = torch.nn.functional.pad(x_, (0, 0, 0, 0, taps // 2, taps // 2))
     shifted = torch.stack([padded[:, j : j + frames] for j in range(taps)], dim=-1)
     out = torch.einsum("btncj,ocj->btno", shifted, weight_)
+    if bias is not None and bias.ndim == 2:
+        bias = bias[:, None, None]
     for term in (bias, residual):
         out = out if term is None else out + term.to(out.dtype)
     return out.to(x.dtype)
@@ -94,6 +96,17 @@ def group_norm_silu(
     out = ((groups - mean) * rstd).flatten(-2) * weight_ + bias_
     out = out * out.sigmoid() if silu else out
     return out.to(x.dtype), mean.flatten(1), rstd.flatten(1)
+
+
+def add_bias(x: Tensor, bias: Tensor, accumulate: torch.dtype | None = None) -> Tensor:
+    """x + bias, x (B, T, N, C), bias (C,)."""
+    x_, bias_ = _promote(accumulate, x, bias)
+    return (x_ + bias_).to(x.dtype)
+
+
+def concat(x: Tensor, y: Tensor) -> Tensor:
+    """The channels of x (B, T, N, C1), then those of y (B, T, N, C2)."""
+    return torch.cat([x, y], dim=-1)
 
 
 def geglu(x: Tensor, accumulate: torch.dtype | None = None) -> Tensor:

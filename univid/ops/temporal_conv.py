@@ -30,13 +30,14 @@ def temporal_conv(
 ) -> Tensor:
     """Convolution along T with zero padding K//2, bias and residual added in the same pass.
 
-    ``out[b, t, n] = Σ_j weight[:, :, j] · x[b, t + j - K//2, n] + bias + residual[b, t, n]``, frames outside being 0.
+    ``out[b, t, n] = Σ_j weight[:, :, j] · x[b, t + j - K//2, n] + bias[b] + residual[b, t, n]``, frames outside being 0.
+    A residual that is x itself costs no pass in the backward either.
 
     Args:
         x: ``(B, T, N, C)``; bfloat16, float16, float32 or float64, any strides with the last dimension contiguous.
         weight: ``(C_out, C, K)``, K odd, of x's dtype, any strides: fast when C is contiguous (store (C_out, K, C),
             pass its transpose).
-        bias: ``(C_out,)`` or None, of x's dtype.
+        bias: ``(C_out,)``, ``(B, C_out)`` for one of each clip (a time embedding), or None, of x's dtype.
         residual: ``(B, T, N, C_out)`` or None, of x's dtype.
         backend: "cuda", "triton", "torch" or "reference"; by default the fastest that can run the call (or
             UNIVID_BACKEND).
@@ -62,8 +63,9 @@ def _arguments(x, weight, bias=None, *, residual=None, backend=None) -> tuple:
     if taps % 2 == 0:
         raise ValueError(f"weight: got K = {taps} in shape {tuple(weight.shape)}, needs an odd K")
     if bias is not None:
-        check_tensor("bias", bias, "(C_out,)", strided=True)
-        check_shape("bias", bias, (channels_out,), "weight's C_out")
+        of_clips = isinstance(bias, Tensor) and bias.ndim == 2
+        check_tensor("bias", bias, "(B, C_out)" if of_clips else "(C_out,)", strided=True)
+        check_shape("bias", bias, (*x.shape[: int(of_clips)], channels_out), "x's B, weight's C_out")
     if residual is not None:
         check_tensor("residual", residual, "(B, T, N, C_out)")
         check_shape("residual", residual, (*x.shape[:3], channels_out), "the output's shape")
@@ -85,17 +87,24 @@ def _implementation(x, weight, bias, residual, backend):
     return dispatch.choose("temporal_conv", call, backend).forward(call)
 
 
-def _implementation_backward(grad, needs, deterministic, x, weight, bias, backend):
-    gradients = new_gradients(needs, x, weight, bias)
+def _gradients(needs, x, weight, bias) -> tuple[Tensor, ...]:
+    """That of the weight lies as the weight does, so that a parameter takes it as it is."""
+    dx, dweight, dbias = new_gradients(needs, x, weight, bias)
+    return dx, torch.empty_like(weight) if needs[1] else dweight, dbias
+
+
+def _implementation_backward(grad, needs, deterministic, x, weight, bias, adds_grad, backend):
+    gradients = _gradients(needs, x, weight, bias)
     if x.numel() == 0:
         for gradient in gradients:
             gradient.zero_()
-        return tuple(gradients)
-    call = TemporalConvCall(x, weight, bias, None)
+        return gradients
+    grad = contiguous_rows(grad)
+    call = TemporalConvCall(x, weight, bias, grad if adds_grad else None)
     chosen = dispatch.choose("temporal_conv", call, backend, "backward")
     with deterministic_algorithms(deterministic):
-        chosen.backward(call, contiguous_rows(grad), *asked(needs, gradients))
-    return tuple(gradients)
+        chosen.backward(call, grad, *asked(needs, gradients))
+    return gradients
 
 
 def _flops(x, weight, *_, **__) -> int:
@@ -109,7 +118,8 @@ def _flops_backward(grad, needs, deterministic, x, weight, *_, **__) -> int:
 
 
 def _setup(ctx: Any, inputs: tuple, output: Tensor) -> None:
-    x, weight, bias, _, ctx.backend = inputs
+    x, weight, bias, residual, ctx.backend = inputs
+    ctx.adds_grad = residual is x
     ctx.save_for_backward(x, weight, bias)
 
 
@@ -119,16 +129,10 @@ def _gradient(ctx: Any, grad: Tensor) -> tuple:
     dx = dweight = dbias = None
     if any(needs):
         gradients = torch.ops.univid.temporal_conv_backward(
-            grad, needs, ctx.deterministic, x, weight, bias, ctx.backend
+            grad, needs, ctx.deterministic, x, weight, bias, ctx.adds_grad and needs[0], ctx.backend
         )
         dx, dweight, dbias = asked(needs, gradients)
-    return (
-        dx,
-        dweight,
-        dbias,
-        grad.clone(memory_format=torch.contiguous_format) if ctx.needs_input_grad[3] else None,
-        None,
-    )
+    return dx, dweight, dbias, grad if ctx.needs_input_grad[3] and not ctx.adds_grad else None, None
 
 
 register(
@@ -140,9 +144,9 @@ register(
 )
 register(
     "temporal_conv_backward(Tensor grad, bool[3] needs, bool deterministic, Tensor x, Tensor weight, Tensor? bias, "
-    "str? backend) -> (Tensor, Tensor, Tensor)",
+    "bool adds_grad, str? backend) -> (Tensor, Tensor, Tensor)",
     _implementation_backward,
-    lambda grad, needs, deterministic, x, weight, bias, *_: tuple(new_gradients(needs, x, weight, bias)),
+    lambda grad, needs, deterministic, x, weight, bias, *_: _gradients(needs, x, weight, bias),
     _flops_backward,
 )
 register_gradient("temporal_conv", _setup, _gradient)

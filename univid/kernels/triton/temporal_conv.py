@@ -4,7 +4,7 @@
   tap falls outside its clip is loaded as zeros, and taps that are outside for the whole tile are skipped. Bias and residual are added in
   the epilogue.
 * ``dx``: the same kernel on ``grad``, the weight transposed and its taps flipped.
-* ``dweight`` and ``dbias``: ``temporal_conv_bwd.py``.
+* ``dweight``: ``temporal_conv_bwd.py``; ``dbias``: ``column_sums.py``.
 
 **Tiles.** BLOCK_M x (BLOCK_N + EXTRA_N) in float32 registers, two products a step where EXTRA_N > 0: so 320 channels are one tile of
 256 + 64, or two of 128 + 32, without waste. Steps of BLOCK_K channels (or rows) come through a pipeline of 3 or 4 shared-memory stages.
@@ -26,7 +26,9 @@ from torch import Tensor
 
 from univid.kernels.calls import TemporalConvCall
 from univid.kernels.triton import launch
+from univid.kernels.triton.column_sums import sum_columns
 from univid.kernels.triton.launch import Config, Tuned, cdiv
+from univid.kernels.triton.rows import align_of, rows_at, strides_of
 
 _GROUP = tl.constexpr(8)  # tiles of rows that meet one tile of columns after another, sharing it in L2
 STRIP = tl.constexpr(32)  # rows of a tile in pieces that one program adds up
@@ -72,14 +74,6 @@ def sum_partials(
     return acc
 
 
-@triton.jit
-def rows_at(row, strides, frames, tokens, ALIGN: tl.constexpr):
-    """Offsets of rows (b, t, n) of a tensor whose strides but the last are a tuple."""
-    frame = row // tokens
-    at = (frame // frames).to(tl.int64) * strides[0] + (frame % frames).to(tl.int64) * strides[1]
-    return tl.multiple_of(at + (row % tokens).to(tl.int64) * strides[2], ALIGN)
-
-
 # --- out and dx -------------------------------------------------------------------------------------------------------------------
 
 
@@ -107,10 +101,15 @@ def _weight(
 
 @triton.jit
 def _emit(acc, row, o, epilogue, rows, frames, tokens, C_OUT: tl.constexpr, ALIGN: tl.constexpr):
-    bias_ptr, residual_ptr, out_ptr, stride_bias, residual_strides, out_strides = epilogue
+    bias_ptr, residual_ptr, out_ptr, bias_strides, residual_strides, out_strides = epilogue
     mask = (row < rows)[:, None] & (o < C_OUT)[None, :]
     if bias_ptr is not None:
-        acc += tl.load(bias_ptr + o * stride_bias, mask=o < C_OUT, other=0.0).to(tl.float32)[None, :]
+        stride_clip, stride = bias_strides
+        if stride_clip is None:  # one for all clips
+            acc += tl.load(bias_ptr + o * stride, mask=o < C_OUT, other=0.0).to(tl.float32)[None, :]
+        else:
+            at = (row // tokens // frames * stride_clip)[:, None] + (o * stride)[None, :]
+            acc += tl.load(bias_ptr + at, mask=mask, other=0.0).to(tl.float32)
     if residual_ptr is not None:
         at = rows_at(row, residual_strides, frames, tokens, ALIGN)[:, None] + o[None, :]
         acc += tl.load(residual_ptr + at, mask=mask, other=0.0).to(tl.float32)
@@ -121,7 +120,7 @@ def _emit(acc, row, o, epilogue, rows, frames, tokens, C_OUT: tl.constexpr, ALIG
 @triton.jit(do_not_specialize=["rows", "frames", "tokens", "whole", "pieces"])
 def _convolve(
     x_ptr, weight_ptr, bias_ptr, residual_ptr, out_ptr, partial_ptr,
-    x_strides, stride_o, stride_tap, stride_bias, residual_strides, out_strides, rows, frames, tokens, whole, pieces,
+    x_strides, stride_o, stride_tap, bias_strides, residual_strides, out_strides, rows, frames, tokens, whole, pieces,
     TAPS: tl.constexpr, C_IN: tl.constexpr, C_OUT: tl.constexpr, TRANSPOSED: tl.constexpr, ALIGN: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, EXTRA_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
@@ -156,7 +155,7 @@ def _convolve(
             weight = _weight(tap_ptr, stride_o, c, extra_o, C_IN, C_OUT, TRANSPOSED, ALIGN)
             extra = tl.dot(x, weight, extra, input_precision="ieee")
 
-    epilogue = (bias_ptr, residual_ptr, out_ptr, stride_bias, residual_strides, out_strides)
+    epilogue = (bias_ptr, residual_ptr, out_ptr, bias_strides, residual_strides, out_strides)
     if partial_ptr is None or pieces == 1:
         _emit(acc, row, o, epilogue, rows, frames, tokens, C_OUT, ALIGN)
         if EXTRA_N > 0:
@@ -171,7 +170,7 @@ def _convolve(
 @triton.jit(do_not_specialize=["rows", "frames", "tokens", "whole", "pieces"])
 def _finish_convolve(
     partial_ptr, bias_ptr, residual_ptr, out_ptr,
-    stride_bias, residual_strides, out_strides, rows, frames, tokens, whole, pieces,
+    bias_strides, residual_strides, out_strides, rows, frames, tokens, whole, pieces,
     C_OUT: tl.constexpr, ALIGN: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, EXTRA_N: tl.constexpr,
 ):  # fmt: skip
     WIDTH: tl.constexpr = BLOCK_N + EXTRA_N
@@ -181,7 +180,7 @@ def _finish_convolve(
     row_tile, column_tile = _grouped(whole + cut, tl.cdiv(rows, BLOCK_M), (C_OUT + WIDTH - 1) // WIDTH)
     row = row_tile * BLOCK_M + inside + tl.arange(0, STRIP)
     o = column_tile * WIDTH + tl.arange(0, BLOCK_N)
-    epilogue = (bias_ptr, residual_ptr, out_ptr, stride_bias, residual_strides, out_strides)
+    epilogue = (bias_ptr, residual_ptr, out_ptr, bias_strides, residual_strides, out_strides)
     acc = sum_partials(partial_ptr, cut, pieces, inside, 0, SIZE, STRIP, BLOCK_N)
     _emit(acc, row, o, epilogue, rows, frames, tokens, C_OUT, ALIGN)
     if EXTRA_N > 0:
@@ -320,11 +319,11 @@ def backward(
     from univid.kernels.triton import temporal_conv_bwd  # here, because it builds on this file
 
     if dx is not None:
-        _convolution(grad, call.weight, None, None, dx, transposed=True)
+        _convolution(grad, call.weight, None, call.residual, dx, transposed=True)
     if dweight is not None:
         temporal_conv_bwd.contraction(grad, call.x, dweight)
     if dbias is not None:
-        temporal_conv_bwd.sum_columns(grad, dbias)
+        sum_columns(grad, dbias)
 
 
 def _convolution(
@@ -345,7 +344,8 @@ def _launch_convolve(
     _, frames, tokens, channels = x.shape
     cut, partials, sums = cut_launch(product, x, tile | {"BLOCK_K": BLOCK_K})
     sizes = (product.rows, frames, tokens, cut.whole, cut.pieces)
-    epilogue = (0 if bias is None else bias.stride(0), strides_of(residual), strides_of(out))
+    bias_strides = (None, 0) if bias is None else (None, *bias.stride())[-2:]
+    epilogue = (bias_strides, strides_of(residual), strides_of(out))
     tile |= {"C_OUT": product.columns, "ALIGN": align_of(x, residual, out, weight.transpose(1, 2))}
     _convolve[(cut.whole + cut.cut * cut.pieces,)](
         *(x, weight, bias, residual, out, partials),
@@ -363,14 +363,3 @@ _CONVOLVE = Tuned(Launches(_convolve, _launch_convolve), tile_configs)
 
 def product_of(x: Tensor, rows: int, columns: int, layers: int, depth: int) -> Product:
     return Product(launch.DTYPES[x.dtype], rows, columns, layers, depth, *_card(x.device))
-
-
-def strides_of(tensor: Tensor | None) -> tuple[int, ...]:
-    """The strides but the last, which is 1."""
-    return (0, 0, 0) if tensor is None else tensor.stride()[:3]
-
-
-def align_of(*tensors: Tensor | None) -> int:
-    """8 where all strides but the last are multiples of 8 numbers (16 bytes in 16 bits), else 1."""
-    strides = [stride for tensor in tensors if tensor is not None for stride in tensor.stride()[:-1]]
-    return 1 if any(stride % 8 for stride in strides) else 8

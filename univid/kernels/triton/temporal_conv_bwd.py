@@ -1,31 +1,24 @@
-"""The gradients of a temporal convolution's weight and bias in Triton; that of x is ``temporal_conv.py``'s own kernel.
+"""The gradient of a temporal convolution's weight in Triton; that of x is ``temporal_conv.py``'s own kernel.
 
-* ``dweight``: for each tap gradᵀ · shifted x, contracting over the rows at which both are inside, counted without gaps: it never meets a
-  frame of zeros. Tiles, their cut last wave and their ranking are those of ``temporal_conv.py``.
-* ``dbias``: the column sums of ``grad``, in two passes.
+For each tap gradᵀ · shifted x, contracting over the rows at which both are inside, counted without gaps: it never meets a frame of
+zeros. Tiles, their cut last wave and their ranking are those of ``temporal_conv.py``.
 """
 
-from collections.abc import Callable
-from typing import Any
-
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from univid.kernels.triton.launch import Config, Tuned, cdiv
+from univid.kernels.triton.launch import Tuned
+from univid.kernels.triton.rows import align_of, strides_of
 from univid.kernels.triton.temporal_conv import (
     STRIP,
     Launches,
     Product,
-    align_of,
     coarse,
     cut_launch,
     partial_at,
     piece_of,
     product_of,
-    rows_at,
-    strides_of,
     sum_partials,
     tile_configs,
 )
@@ -132,28 +125,6 @@ def _finish_contract(
         _emit_weight(acc, dweight_ptr, dweight_strides, tap, o, c, C_IN, C_OUT)
 
 
-# --- dbias ------------------------------------------------------------------------------------------------------------------------
-
-
-@triton.jit(do_not_specialize=["rows", "frames", "tokens", "chunk"])
-def _column_sums(
-    in_ptr, out_ptr, in_strides, stride_chunk, stride_o, rows, frames, tokens, chunk,
-    C_OUT: tl.constexpr, ALIGN: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-):  # fmt: skip
-    """out[i, o]: the float32 sum over the i-th chunk of rows (b, t, n) of ``in``."""
-    COLUMNS: tl.constexpr = (C_OUT + BLOCK_N - 1) // BLOCK_N
-    index = tl.program_id(0) // COLUMNS
-    o = tl.program_id(0) % COLUMNS * BLOCK_N + tl.arange(0, BLOCK_N)
-    end = tl.minimum((index + 1) * chunk, rows)
-    acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-    for start in range(index * chunk, end, BLOCK_M):
-        row = start + tl.arange(0, BLOCK_M)
-        at = rows_at(row, in_strides, frames, tokens, ALIGN)[:, None] + o[None, :]
-        acc += tl.load(in_ptr + at, mask=(row < end)[:, None] & (o < C_OUT)[None, :], other=0.0).to(tl.float32)
-    out_at = out_ptr + index * stride_chunk + o * stride_o
-    tl.store(out_at, tl.sum(acc, 0).to(out_ptr.dtype.element_ty), mask=o < C_OUT)
-
-
 # --- launches ---------------------------------------------------------------------------------------------------------------------
 
 
@@ -183,21 +154,4 @@ def _launch_contract(
         _finish_contract[(sums,)](partials, dweight, dweight.stride(), cut.whole, cut.pieces, **tile)
 
 
-def sum_columns(grad: Tensor, dbias: Tensor) -> None:
-    clips, frames, tokens, width = grad.shape
-    rows = clips * frames * tokens
-    chunk = max(64, cdiv(rows, 256))
-    partials = grad.new_empty((cdiv(rows, chunk), width), dtype=torch.float32)
-    constants: dict[str, Any] = {"key": {}, "C_OUT": width, "ALIGN": 8 if width % 8 == 0 and align_of(grad) == 8 else 1}
-
-    def grid(chunks: int) -> Callable[[dict], tuple[int, int, int]]:
-        return lambda constants: (chunks * cdiv(width, constants["BLOCK_N"]), 1, 1)
-
-    sizes = (rows, frames, tokens, chunk)
-    _COLUMN_SUMS(grid(len(partials)), grad, partials, strides_of(grad), width, 1, *sizes, **constants)
-    sizes = (len(partials), 1, len(partials), len(partials))
-    _COLUMN_SUMS(grid(1), partials, dbias, (0, 0, width), 0, dbias.stride(0), *sizes, **constants)
-
-
 _CONTRACT = Tuned(Launches(_contract, _launch_contract), tile_configs)
-_COLUMN_SUMS = Tuned(_column_sums, lambda key: [Config({"BLOCK_M": 64, "BLOCK_N": 64}, num_warps=4, num_stages=1)])
