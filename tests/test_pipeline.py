@@ -343,3 +343,39 @@ def test_on_a_card(given):
     low = make().enable_low_memory().to("cuda")
     assert np.abs(frames(low, **given, steps=4).astype(int) - expected).mean() < 0.5
     assert [{x.device.type for x in part.state_dict().values()} for part in (low.unet, low.clip)] == [{"cuda"}, {"cpu"}]
+
+
+@pytest.mark.gpu
+def test_graph_is_kept():
+    """For other words, pictures, seeds and schedulers at the same sizes, with the same results; not for other sizes."""
+    pipe = make().to("cuda")
+
+    def graph_after(*args, **kwargs):
+        got = frames(pipe, *args, steps=4, **kwargs)
+        fresh = make().to("cuda")
+        assert np.array_equal(got, frames(fresh, *args, steps=4, **kwargs))
+        return pipe._kept.graph
+
+    first = graph_after("a cat", RED)
+    assert first is graph_after("a dog", 255 - RED, seed=3)
+    assert first is graph_after("a dog", RED, scheduler="euler", guidance_scale=5.0)
+    for other in (
+        {"fps": 24},
+        {"num_frames": 2},
+        {"text_weight": 0.5},
+        {"num_videos": 2},
+    ):
+        assert first is not graph_after("a cat", RED, **other), other
+    assert graph_after("a cat", RED) is not first  # only the last one is kept
+    with pytest.raises(KeyboardInterrupt):
+        pipe("a cat", RED, steps=4, progress=False, callback=interrupt)
+    graph_after("a cat", RED)
+    pipe.to("cuda")
+    assert pipe._kept is None
+    pipe.enable_low_memory()
+    frames(pipe, "a cat", RED, steps=4)
+    assert pipe._kept is None
+
+
+def interrupt(*_: object) -> None:
+    raise KeyboardInterrupt

@@ -7,6 +7,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,12 +24,14 @@ from univid.data.autoencoder import Autoencoder, load_autoencoder
 from univid.data.clip import Clip, load_clip
 from univid.data.files import Frames, read_image, write_frames
 from univid.data.tensors import read_json
-from univid.graphs import Graphed
+from univid.graphs import Graphed, Pace, graph_key
 from univid.guidance import Pass, Weight, absent, by_level, guide, passes
 from univid.model import ImageAdapter, UNet, load_sd21
 
 SCHEDULERS = {"ddim": DDIMScheduler, "dpm++": DPMSolverMultistepScheduler, "euler": EulerDiscreteScheduler}
 SETTINGS = "generation.json"
+
+Given = tuple[int, tuple, dict[str, Any]]  # of a batch of passes: their number, the U-Net's keys, and its options
 
 Picture = str | Path | Image.Image | np.ndarray | Tensor
 
@@ -88,6 +91,7 @@ class UniVidPipeline:
             False  # passes one by one, single frames to decode, and CLIP on the device only while it works
         )
         self.device = torch.device("cpu")
+        self._kept: Graphed | None = None  # the last call's
 
     # --- loading and saving ------------------------------------------------------------------------------------------------------
 
@@ -141,7 +145,9 @@ class UniVidPipeline:
         (path / SETTINGS).write_text(json.dumps(asdict(self.settings), indent=1) + "\n")
 
     def to(self, device: torch.device | str) -> UniVidPipeline:
-        self.device = torch.device(device)
+        """Move all parts. On a GPU the U-Net runs as a CUDA graph, which is kept for calls of the same sizes until one of
+        others, or the next move."""
+        self.device, self._kept = torch.device(device), None
         for part in (self.unet, self.adapter, self.vae):
             part.to(self.device)
         self.clip.to("cpu" if self.low_memory else self.device)
@@ -218,39 +224,51 @@ class UniVidPipeline:
             text = self._text(prompts, negative_prompt, videos) if with_text else None
             tokens = self._tokens(pictures, videos) if with_image else None
         sampler = SCHEDULERS[s.scheduler].from_config(self.scheduler)
-        sampler.set_timesteps(s.steps, device=self.device)
+        sampler.set_timesteps(s.steps)  # on the CPU: a scheduler reads them, and a number on a GPU has to be waited for
+        times = sampler.timesteps.to(self.device)
         latents = self._noise(videos, s, seed, generator).to(self.device) * sampler.init_noise_sigma
         bar = tqdm(sampler.timesteps, "Sampling", disable=not progress, unit="step")
+        pace = Pace(self.device)
         with bar:
-            predict = self._predictor(plan, text, tokens, weights, s)
+            predict = self._predictor(latents, plan, text, tokens, weights, s)
             for step, t in enumerate(bar):
-                x, t = sampler.scale_model_input(latents, t), t.to(self.device)
-                latents = sampler.step(guide(predict(x, t), plan, s.guidance_rescale), t, latents).prev_sample
+                predictions = predict(sampler.scale_model_input(latents, t), times[step])
+                latents = sampler.step(guide(predictions, plan, s.guidance_rescale), t, latents).prev_sample
                 if callback is not None:
                     callback(step + 1, s.steps, latents)
-        del predict  # a graph keeps its memory
+                pace.step()
+        del predict, predictions  # a graph that is not kept gives its memory to the decoder
         return Videos(self.vae.decode(latents).numpy(), s.fps)
 
-    def _predictor(self, plan: Sequence[Pass], *conditions: Any) -> Callable[[Tensor, Tensor], Sequence[Tensor]]:
+    def _predictor(
+        self, latents: Tensor, plan: Sequence[Pass], *conditions: Any
+    ) -> Callable[[Tensor, Tensor], Sequence[Tensor]]:
         """A function of the latents and the noise level that gives the prediction of every pass."""
         batches = [[one] for one in plan] if self.low_memory else [plan]
-        parts = [self._evaluation(batch, *conditions) for batch in batches]
+        given = [self._given(batch, *conditions) for batch in batches]
+        predict = partial(_predict, self.unet)
+        if self.device.type != "cuda":
+            return lambda x, t: predict(x, t, given)
+        # One graph for all batches: what passes one by one need in turn is the same memory.
+        if self.low_memory:
+            return Graphed(predict, given)
+        key = graph_key(self.unet, latents, given)
+        if self._kept is None or self._kept.key != key:
+            self._kept = None  # before the next one takes memory
+            self._kept = Graphed(predict, given, key)
+        else:
+            self._kept.load(given)
+        return self._kept
 
-        def predict(x: Tensor, t: Tensor) -> Sequence[Tensor]:
-            return [prediction for part in parts for prediction in part(x, t)]
-
-        # One graph for all: what passes one by one need in turn is the same memory.
-        return Graphed(predict) if self.device.type == "cuda" else predict
-
-    def _evaluation(
+    def _given(
         self,
         batch: Sequence[Pass],
         text: dict[bool, Tensor] | None,
         tokens: Tensor | None,
         weights: dict[str, dict[int, float | Tensor]],
         s: Settings,
-    ) -> Callable[[Tensor, Tensor], Sequence[Tensor]]:
-        """The U-Net on a batch of passes."""
+    ) -> Given:
+        """What the U-Net is given with a batch of passes, at every step."""
         count = len(batch)
         keys = self.unet.condition(
             None if text is None else torch.cat([text[one.prompted] for one in batch]),
@@ -268,19 +286,14 @@ class UniVidPipeline:
             each = torch.as_tensor(weight).reshape(1, -1) * pictured[:, None]
             return each.repeat_interleave(videos, 0).to(self.device)
 
-        given = {
+        options = {
             "text_weight": {
                 f: w.to(self.device)[None] if isinstance(w, Tensor) else w for f, w in weights["text"].items()
             },
             "image_weight": {f: shown(w) for f, w in weights["image"].items()},
             "fps": s.fps,
         }
-
-        def evaluate(x: Tensor, t: Tensor) -> Sequence[Tensor]:
-            x = x.to(self.unet.conv_in.bias.dtype).repeat(count, 1, 1, 1, 1)
-            return self.unet(x, t.expand(len(x)), *keys, **given).chunk(count)
-
-        return evaluate
+        return count, keys, options
 
     def _text(self, prompts: Sequence[str], negative_prompt: str, videos: int) -> dict[bool, Tensor]:
         """The tokens of the passes with the prompt (True) and without it (False), ``(V, L, context_dim)``."""
@@ -361,6 +374,16 @@ def _conditions(
     if num_videos < 1:
         raise ValueError(f"num_videos: got {num_videos}; at least 1 needed")
     return prompts, [_picture(p) for p in pictures], max(len(prompts), len(pictures)) * num_videos
+
+
+def _predict(unet: UNet, x: Tensor, t: Tensor, batches: Sequence[Given]) -> list[Tensor]:
+    """The U-Net's prediction of every pass, of all batches."""
+    x = x.to(unet.conv_in.bias.dtype)
+    predictions: list[Tensor] = []
+    for count, keys, options in batches:
+        repeated = x.repeat(count, 1, 1, 1, 1)
+        predictions += unet(repeated, t.expand(len(repeated)), *keys, **options).chunk(count)
+    return predictions
 
 
 def _picture(image: Picture) -> Tensor:

@@ -52,10 +52,10 @@ class Autoencoder(nn.Module):
 
         def decode(x: Tensor) -> Tensor:
             pixels = self.vae.decode(x / self.vae.config.scaling_factor, return_dict=False)[0]
-            # Rounded where it was computed: a quarter of float32's bytes go over the bus.
-            return pixels.float().add(1).mul(127.5).round().clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1).cpu()
+            return pixels.float().add(1).mul(127.5).round().clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1)
 
-        return self._in_chunks(decode, latents)
+        # Rounded where they were computed, so that a quarter of float32's bytes go over the bus, and all at once.
+        return self._in_chunks(decode, latents).cpu()
 
     def _in_chunks(self, function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
         """``function`` on ``(M, C, h, w)`` for all frames of ``(B, T, C, h, w)``."""
