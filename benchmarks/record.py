@@ -43,9 +43,6 @@ MODELS = {
 }
 
 
-_LITERAL_OR_COMMENT = re.compile(r"""(?P<literal>"(?:\\.|[^"\\])*"|'(?:\\.|[^'\\])')|//[^\n]*|/\*.*?\*/""", re.DOTALL)
-
-
 @cache
 def environment() -> dict:
     """The card, the versions, and the limits as measured now: TFLOP/s of an 8192³ bfloat16 product, GB/s of a copy
@@ -93,18 +90,11 @@ def write(name: str, rows: list[dict], results: Path = RESULTS) -> Path:
 
 
 def sources_sha256(operator: str) -> str:
-    """Of what an operator's results depend on, but for comments and spaces in C++."""
+    """Of what an operator's results depend on."""
     digest = hashlib.sha256()
     for path in sorted(sources(operator)):
-        text = path.read_text()
-        digest.update((code(text) if path.suffix in (".cu", ".cuh", ".h", ".cpp") else text).encode())
+        digest.update(path.read_bytes())
     return digest.hexdigest()
-
-
-def code(text: str) -> str:
-    """C++ without its comments, blank lines and spaces at the ends of lines."""
-    bare = re.sub(_LITERAL_OR_COMMENT, lambda match: match["literal"] or " ", text)
-    return "\n".join(line.rstrip() for line in bare.splitlines() if line.strip())
 
 
 def sources(operator: str) -> list[Path]:
