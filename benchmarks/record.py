@@ -26,6 +26,9 @@ MODULES = {
     "add_layer_norm": "add_layer_norm",
 }
 
+# What some of them have in common, of univid/kernels/triton/.
+SHARED = {"temporal_conv": ("column_sums", "rows"), "add_bias": ("column_sums", "rows"), "concat": ("rows",)}
+
 # The same for whole models, of which only their own files count, not their operators'.
 MODELS = {
     "unet": ("univid/model/*.py", "univid/model/configs/sd21.toml", "benchmarks/bench_unet.py"),
@@ -110,6 +113,7 @@ def sources(operator: str) -> list[Path]:
         "benchmarks/harness.py",
         "benchmarks/peers.py",
         "benchmarks/timing.py",
+        *(f"univid/kernels/triton/{shared}.py" for shared in SHARED.get(name, ())),
     )
     longer = tuple(other for other in MODULES.values() if other.startswith(name) and other != name)
     found = [path for pattern in patterns for path in ROOT.glob(pattern)]

@@ -100,6 +100,16 @@ def test_without_a_gpu_it_is_skipped():
 # --- what is refused --------------------------------------------------------------------------------------------------
 
 
+def test_shared_sources_are_those_imported():
+    for operator, module in record.MODULES.items():
+        paths = [path for path in record.sources(operator) if path.parent.name == "triton"]
+        used = {
+            name for name in ("column_sums", "rows") for path in paths if f"triton.{name} import" in path.read_text()
+        }
+        assert used == set(record.SHARED.get(module, ())), module
+        assert used <= {path.stem for path in paths}
+
+
 def check(problem, implementation):
     return [Prepared(problem, implementation, direction, problem.tensors).check() for direction in ("fwd", "bwd")]
 

@@ -3,6 +3,8 @@
 import dataclasses
 import itertools
 import warnings
+from contextlib import nullcontext
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -11,13 +13,14 @@ from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from univid import UniVidPipeline
+from univid import UniVidPipeline, pipeline
 from univid.data.autoencoder import Autoencoder, load_autoencoder
 from univid.data.clip import build_clip
 from univid.data.files import read_video
+from univid.graphs import Graphed
 from univid.guidance import guide, passes
 from univid.model import ImageAdapter, UNet, UNetConfig
-from univid.pipeline import Settings
+from univid.pipeline import SCHEDULERS, Settings
 
 CLIP = {
     "embed_dim": 16,
@@ -207,8 +210,24 @@ def test_lists(pipe):
 
 
 @pytest.mark.parametrize("scheduler", ["ddim", "dpm++", "euler"])
-def test_schedulers(pipe, scheduler):
-    assert frames(pipe, "a cat", scheduler=scheduler, steps=4).std() > 0
+@pytest.mark.parametrize("spacing", ["trailing", "linspace"])
+def test_schedulers(pipe, monkeypatch, scheduler, spacing):
+    """The bits of the plain loop, for time steps that are whole and, euler's, that are not."""
+    monkeypatch.setattr(pipe, "scheduler", pipe.scheduler | {"timestep_spacing": spacing})
+    latents = []
+    got = frames(pipe, "a cat", scheduler=scheduler, steps=4, callback=lambda *s: latents.append(s[2]))
+    text = pipe.clip.text(["", "a cat"])
+    sampler = SCHEDULERS[scheduler].from_config(pipe.scheduler)
+    sampler.set_timesteps(4, device="cpu")
+    x = torch.randn(1, 3, 4, 8, 16, generator=torch.Generator().manual_seed(0)) * sampler.init_noise_sigma
+    plan = passes(True, False, SETTINGS.guidance_scale, 0.0)
+    with torch.no_grad():
+        for step, t in enumerate(sampler.timesteps):
+            batch = sampler.scale_model_input(x, t).repeat(2, 1, 1, 1, 1)
+            predictions = pipe.unet(batch, t.expand(2), text, text_weight=1.0, image_weight=0.0, fps=4.0).chunk(2)
+            x = sampler.step(guide(predictions, plan), t, x).prev_sample
+            assert torch.equal(latents[step], x)
+    assert np.array_equal(got, pipe.vae.decode(x).numpy())
 
 
 def test_a_picture(pipe, tmp_path):
@@ -329,6 +348,65 @@ def test_autoencoder(pipe, tmp_path, names):
         load_autoencoder(tmp_path)
 
 
+class Recomputed(Graphed):
+    """What a graph does, without a card: a replay reads what the capture read, and writes where it wrote."""
+
+    def _capture(self, inputs):
+        self.inputs = [x.clone() for x in inputs]
+        again = lambda: self.function(*self.inputs, self.conditions)  # noqa: E731
+        self.outputs = again()
+        return SimpleNamespace(replay=lambda: [own.copy_(x) for own, x in zip(self.outputs, again(), strict=True)])
+
+
+def test_a_kept_graph_takes_other_conditions(pipe, monkeypatch):
+    kept = make()
+    monkeypatch.setattr(pipeline, "Graphed", Recomputed)
+    monkeypatch.setattr(torch.cuda, "device", lambda device: nullcontext())
+    monkeypatch.setattr(kept, "_predictor", kept._graphed)
+
+    def graph_after(*args, **kwargs):
+        options = {"steps": 3} | kwargs
+        assert np.array_equal(frames(kept, *args, **options), frames(pipe, *args, **options))
+        return kept._kept.graph
+
+    first = graph_after("a cat", RED)
+    for args, kwargs in [
+        (("a dog", 255 - RED), {"seed": 3, "negative_prompt": "blurry", "fps": 24}),
+        (("a cat", RED), {"image_weight": {1: 0.5}, "guidance_scale": 5.0, "scheduler": "euler", "steps": 4}),
+    ]:
+        assert graph_after(*args, **kwargs) is first
+    for change in ({"num_frames": 2}, {"text_weight": 0.5}, {"num_videos": 2}, {"image_guidance_scale": 1.0}):
+        assert graph_after("a cat", RED, **change) is not first, change
+    assert graph_after("a cat", text_weight=[1, 2, 3]) is graph_after("a cat", text_weight=[3, 2, 1])
+    with pytest.raises(KeyboardInterrupt):
+        frames(kept, "a cat", text_weight=[3, 2, 1], callback=interrupt)
+    assert kept._kept is None
+    graph_after("a cat")
+    kept.to("cpu")
+    assert kept._kept is None
+
+
+def interrupt(*_: object) -> None:
+    raise KeyboardInterrupt
+
+
+def test_decoding_takes_the_graphs_memory(monkeypatch):
+    pipe = make()
+    decode, latents = pipe.vae.decode, torch.randn(1, 2, 4, 8, 8)
+
+    def short(latents):
+        if pipe._kept is not None or not pipe.low_memory:
+            raise torch.OutOfMemoryError
+        return decode(latents)
+
+    monkeypatch.setattr(pipe.vae, "decode", short)
+    with pytest.raises(torch.OutOfMemoryError):
+        pipe._decode(latents)
+    pipe.low_memory, pipe._kept = True, Graphed(lambda: [], ())
+    assert torch.equal(pipe._decode(latents), decode(latents))
+    assert pipe._kept is None
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("given", [{"prompt": "a cat"}, {"prompt": "a cat", "image": RED}], ids="+".join)
 def test_on_a_card(given):
@@ -346,36 +424,35 @@ def test_on_a_card(given):
 
 
 @pytest.mark.gpu
-def test_graph_is_kept():
+def test_graph_is_kept(monkeypatch):
     """For other words, pictures, seeds and schedulers at the same sizes, with the same results; not for other sizes."""
-    pipe = make().to("cuda")
+    captures = []
+    capture = Graphed._capture
+    monkeypatch.setattr(Graphed, "_capture", lambda self, inputs: captures.append(self) or capture(self, inputs))
+    spacing = {"timestep_spacing": "linspace"}  # by which euler's time steps are not whole
+    pipe, fresh = make().to("cuda"), make().to("cuda")
+    for one in (pipe, fresh):
+        one.scheduler |= spacing
 
-    def graph_after(*args, **kwargs):
+    def captured(*args, **kwargs):
+        """How many graphs a call makes whose result is that of a pipeline that has none."""
+        captures.clear()
         got = frames(pipe, *args, steps=4, **kwargs)
-        fresh = make().to("cuda")
-        assert np.array_equal(got, frames(fresh, *args, steps=4, **kwargs))
-        return pipe._kept.graph
+        made = len(captures)
+        assert np.array_equal(got, frames(fresh.to("cuda"), *args, steps=4, **kwargs))
+        return made
 
-    first = graph_after("a cat", RED)
-    assert first is graph_after("a dog", 255 - RED, seed=3)
-    assert first is graph_after("a dog", RED, scheduler="euler", guidance_scale=5.0)
-    for other in (
-        {"fps": 24},
-        {"num_frames": 2},
-        {"text_weight": 0.5},
-        {"num_videos": 2},
-    ):
-        assert first is not graph_after("a cat", RED, **other), other
-    assert graph_after("a cat", RED) is not first  # only the last one is kept
+    assert captured("a cat", RED) == 1
+    assert captured("a dog", 255 - RED, seed=3, fps=24) == 0
+    assert captured("a dog", RED, scheduler="euler", guidance_scale=5.0) == 0
+    for other in ({"num_frames": 2}, {"height": 32}, {"text_weight": 0.5}, {"num_videos": 2}):
+        assert captured("a cat", RED, **other) == 1, other
+    assert captured("a cat", RED) == 1  # only the last one is kept
     with pytest.raises(KeyboardInterrupt):
         pipe("a cat", RED, steps=4, progress=False, callback=interrupt)
-    graph_after("a cat", RED)
+    assert captured("a cat", RED) == 1
     pipe.to("cuda")
     assert pipe._kept is None
     pipe.enable_low_memory()
     frames(pipe, "a cat", RED, steps=4)
     assert pipe._kept is None
-
-
-def interrupt(*_: object) -> None:
-    raise KeyboardInterrupt

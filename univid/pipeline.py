@@ -225,40 +225,49 @@ class UniVidPipeline:
             tokens = self._tokens(pictures, videos) if with_image else None
         sampler = SCHEDULERS[s.scheduler].from_config(self.scheduler)
         sampler.set_timesteps(s.steps)  # on the CPU: a scheduler reads them, and a number on a GPU has to be waited for
-        times = sampler.timesteps.to(self.device)
+        times = sampler.timesteps.to(self.device, torch.float32)  # whichever the scheduler: one graph serves all
         latents = self._noise(videos, s, seed, generator).to(self.device) * sampler.init_noise_sigma
         bar = tqdm(sampler.timesteps, "Sampling", disable=not progress, unit="step")
         pace = Pace(self.device)
+        batches = [[one] for one in plan] if self.low_memory else [plan]
+        given = [self._given(batch, text, tokens, weights, s) for batch in batches]
         with bar:
-            predict = self._predictor(latents, plan, text, tokens, weights, s)
+            predict = self._predictor(latents, times[0], given)
             for step, t in enumerate(bar):
                 predictions = predict(sampler.scale_model_input(latents, t), times[step])
                 latents = sampler.step(guide(predictions, plan, s.guidance_rescale), t, latents).prev_sample
                 if callback is not None:
                     callback(step + 1, s.steps, latents)
                 pace.step()
+        if isinstance(predict, Graphed) and not self.low_memory:
+            self._kept = predict
         del predict, predictions  # a graph that is not kept gives its memory to the decoder
-        return Videos(self.vae.decode(latents).numpy(), s.fps)
+        return Videos(self._decode(latents).numpy(), s.fps)
 
-    def _predictor(
-        self, latents: Tensor, plan: Sequence[Pass], *conditions: Any
-    ) -> Callable[[Tensor, Tensor], Sequence[Tensor]]:
-        """A function of the latents and the noise level that gives the prediction of every pass."""
-        batches = [[one] for one in plan] if self.low_memory else [plan]
-        given = [self._given(batch, *conditions) for batch in batches]
-        predict = partial(_predict, self.unet)
-        if self.device.type != "cuda":
-            return lambda x, t: predict(x, t, given)
-        # One graph for all batches: what passes one by one need in turn is the same memory.
-        if self.low_memory:
-            return Graphed(predict, given)
-        key = graph_key(self.unet, latents, given)
-        if self._kept is None or self._kept.key != key:
-            self._kept = None  # before the next one takes memory
-            self._kept = Graphed(predict, given, key)
-        else:
-            self._kept.load(given)
-        return self._kept
+    def _predictor(self, x: Tensor, t: Tensor, given: Sequence[Given]) -> Callable[[Tensor, Tensor], Sequence[Tensor]]:
+        """A function of latents and a noise level, like x and t, that gives the prediction of every pass."""
+        if self.device.type == "cuda":
+            return self._graphed(x, t, given)
+        return lambda x, t: _predict(self.unet, x, t, given)
+
+    def _graphed(self, x: Tensor, t: Tensor, given: Sequence[Given]) -> Graphed:
+        """The last call's graph, or one to be captured; one for all batches: what these need in turn is the same memory."""
+        kept, self._kept = self._kept, None  # taken out, so that a call in another thread does not write into it
+        key = graph_key(self.unet, x, t, given)
+        if kept is not None and kept.key == key:
+            kept.load(given)
+            return kept
+        return Graphed(partial(_predict, self.unet), given, key)  # captured once this is left, and the kept one freed
+
+    def _decode(self, latents: Tensor) -> Tensor:
+        """Frames; where memory is short, in that of the graph."""
+        try:
+            return self.vae.decode(latents)
+        except torch.OutOfMemoryError:
+            if self._kept is None:
+                raise
+        self._kept = None
+        return self.vae.decode(latents)
 
     def _given(
         self,
@@ -291,7 +300,7 @@ class UniVidPipeline:
                 f: w.to(self.device)[None] if isinstance(w, Tensor) else w for f, w in weights["text"].items()
             },
             "image_weight": {f: shown(w) for f, w in weights["image"].items()},
-            "fps": s.fps,
+            "fps": torch.full((count * videos,), float(s.fps), device=self.device),
         }
         return count, keys, options
 
