@@ -393,18 +393,19 @@ def interrupt(*_: object) -> None:
 def test_decoding_takes_the_graphs_memory(monkeypatch):
     pipe = make()
     decode, latents = pipe.vae.decode, torch.randn(1, 2, 4, 8, 8)
+    enough = True
 
     def short(latents):
-        if pipe._kept is not None or not pipe.low_memory:
+        if pipe._kept is not None or not enough:
             raise torch.OutOfMemoryError
         return decode(latents)
 
     monkeypatch.setattr(pipe.vae, "decode", short)
-    with pytest.raises(torch.OutOfMemoryError):
-        pipe._decode(latents)
-    pipe.low_memory, pipe._kept = True, Graphed(lambda: [], ())
-    assert torch.equal(pipe._decode(latents), decode(latents))
-    assert pipe._kept is None
+    for enough in (True, False):
+        pipe._kept = Graphed(list, ())
+        with nullcontext() if enough else pytest.raises(torch.OutOfMemoryError):
+            assert torch.equal(pipe._decode(latents), decode(latents))
+        assert pipe._kept is None
 
 
 @pytest.mark.gpu

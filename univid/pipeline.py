@@ -241,7 +241,7 @@ class UniVidPipeline:
                 pace.step()
         if isinstance(predict, Graphed) and not self.low_memory:
             self._kept = predict
-        del predict, predictions  # a graph that is not kept gives its memory to the decoder
+        del predict, predictions, given  # a graph that is not kept gives its memory to the decoder
         return Videos(self._decode(latents).numpy(), s.fps)
 
     def _predictor(self, x: Tensor, t: Tensor, given: Sequence[Given]) -> Callable[[Tensor, Tensor], Sequence[Tensor]]:
