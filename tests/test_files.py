@@ -120,3 +120,10 @@ def test_unreadable(tmp_path, read):
         read(tmp_path / "text")
     with pytest.raises((ValueError, FileNotFoundError), match="missing"):
         read(tmp_path / "missing")
+
+
+def test_a_picture_that_is_a_bomb(tmp_path, monkeypatch):
+    Image.new("RGB", (40, 40)).save(tmp_path / "large.png")
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)  # twice as many are an error
+    with pytest.raises(ValueError, match=r"^image: .*large\.png is not a picture that can be read: Image size"):
+        read_image(tmp_path / "large.png")

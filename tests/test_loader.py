@@ -2,6 +2,9 @@
 
 import itertools
 import logging
+import multiprocessing
+import os
+import signal
 from collections import Counter
 
 import numpy as np
@@ -203,3 +206,14 @@ def test_pinned():
     there = batch.to("cuda")
     torch.cuda.synchronize()
     assert torch.equal(there.frames.cpu(), batch.frames)
+
+
+def test_a_signal_to_all_leaves_the_workers_alone():
+    """As torchrun sends SIGTERM: the process that trains has yet to write its checkpoint, and takes batches until then."""
+    loader = Loader(Numbers([0] * 64), 4, workers=2)
+    expected = Loader(Numbers([0] * 64), 4, workers=0)
+    for step in range(8):
+        assert loader.next().keys == expected.next().keys
+        if step == 1:
+            for worker in multiprocessing.active_children():
+                os.kill(worker.pid, signal.SIGTERM)

@@ -3,9 +3,12 @@
 import importlib
 import itertools
 import json
+import math
 import shutil
+import sys
 from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -19,7 +22,7 @@ from train.diffusion import Diffusion
 from train.export import Export, export
 from train.export import main as export_main
 from train.fsdp import main
-from train.log import FILE
+from train.log import FILE, Logs, Meter
 from train.optimizer import learning_rate
 from train.processes import processes
 from train.stages import STAGES, draw, plan
@@ -319,3 +322,21 @@ def test_a_grid_has_every_video_once():
     assert sheet.shape == (2, 8, 18, 3)
     cells = [sheet[0, 4 * r, 6 * c, 0] for r, c in itertools.product(range(2), range(3))]
     assert cells == [0, 1, 2, 3, 4, 0]
+
+
+def test_steps_in_a_row_are_watched_one_by_one():
+    """A good step at the end of an interval does not hide those before it."""
+    meter = object.__new__(Meter)
+    meter.bad, meter.max_skipped = [], 2
+    meter.processes = SimpleNamespace(gather=lambda keys: [keys])
+    steps = [SimpleNamespace(keys=[f"clip {i}"]) for i in range(4)]
+    meter._watch(steps, [1.0, math.nan, 1.0, math.nan], [1.0] * 4)  # no two in a row
+    with pytest.raises(RuntimeError, match=r"2 steps in a row .*: clip 0$"):
+        meter._watch(steps[:2], [math.inf, 1.0], [math.nan, 1.0])
+
+
+def test_wandb_that_is_not_installed_is_named(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    config = load(Config, None, [f"run={tmp_path}/run", "log.tensorboard=false", "log.wandb=mine"])
+    with pytest.raises(ValueError, match=r"^log\.wandb: got 'mine', needs the package wandb, which is not installed$"):
+        Logs(config, SimpleNamespace(first=True), 0)

@@ -18,6 +18,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))  # the folder that holds univ
 
 import torch
 import torch.distributed.checkpoint as dcp
+from safetensors import SafetensorError
 from torch import Tensor
 
 from train.checkpoint import checkpoints, read_state
@@ -107,7 +108,7 @@ def main(arguments: Sequence[str]) -> int:
         run, out, *overrides = arguments
         source = export(Path(run), Path(out), load(Export, None, overrides))
         print(f"{out}: {source}")
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, SafetensorError) as error:
         print(f"{type(error).__name__}: {error}", file=sys.stderr)
         return 1
     return 0

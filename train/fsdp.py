@@ -18,6 +18,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))  # the folder that holds univ
 
 import torch
 import torch.distributed as dist
+from safetensors import SafetensorError
 
 from train.checkpoint import Checkpoints, check_architecture
 from train.config import CONFIGS, Config, asks_for_help, load
@@ -199,7 +200,7 @@ def main(arguments: Sequence[str]) -> int:
             if joined.first:
                 write_config(config)
             trainer.run()
-    except (ValueError, OSError, RuntimeError) as error:
+    except (ValueError, OSError, RuntimeError, SafetensorError) as error:
         rank = f"rank {os.environ['RANK']}: " if "RANK" in os.environ else ""
         lost = "another rank has ended: " if isinstance(error, dist.DistError) or "peer" in str(error) else ""
         print(f"{rank}{lost}{type(error).__name__}: {error}", file=sys.stderr, flush=True)

@@ -87,8 +87,10 @@ class Meter:
 
     def _watch(self, steps: list[Step], norms: list[float], losses: list[float]) -> None:
         for step, norm, loss in zip(steps, norms, losses, strict=True):
-            self.bad = [] if math.isfinite(norm) else [*self.bad, (step, loss)][-self.max_skipped :]
-        if len(self.bad) < self.max_skipped:
+            self.bad = [] if math.isfinite(norm) else [*self.bad, (step, loss)]
+            if len(self.bad) == self.max_skipped:
+                break
+        else:
             return
         keys = [key for step, loss in self.bad if not math.isfinite(loss) for key in step.keys]
         everyone = [key for keys in self.processes.gather(keys) for key in keys]
@@ -138,7 +140,12 @@ class Logs:
             except ImportError:
                 print(f"tensorboard is not installed: numbers go to {path} only", flush=True)
         if config.log.wandb:
-            import wandb  # type: ignore[import-not-found,unused-ignore]
+            try:
+                import wandb  # type: ignore[import-not-found,unused-ignore]
+            except ModuleNotFoundError:
+                raise ValueError(
+                    f"log.wandb: got {config.log.wandb!r}, needs the package wandb, which is not installed"
+                ) from None
 
             run = wandb.init(project=config.log.wandb, id=folder.name, resume="allow", dir=folder)
             self.writers.append(lambda name, value, step: run.log({name: value}, step=step))

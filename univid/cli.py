@@ -91,7 +91,7 @@ def encode(options: argparse.Namespace) -> int:
     config = encoding.settings(
         model,
         DataConfig(paths=tuple(options.source), min_score=dict(options.min_score)),
-        {name: value for name, value in given.items() if value},
+        {name: value for name, value in given.items() if value not in (None, ())},
     )
     device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
     names = ("batch_size", "shard_size", "workers")

@@ -85,7 +85,7 @@ def read_image(path: str | Path | BinaryIO) -> NDArray[np.uint8]:
             return np.asarray(image.convert("RGB"))
     except FileNotFoundError:
         raise FileNotFoundError(f"image: {path} does not exist") from None
-    except (UnidentifiedImageError, OSError) as error:
+    except (UnidentifiedImageError, Image.DecompressionBombError, OSError) as error:
         raise ValueError(f"image: {path} is not a picture that can be read: {error}") from None
 
 
