@@ -2,10 +2,10 @@
 
 import itertools
 import logging
-import multiprocessing
-import os
-import signal
+import subprocess
+import sys
 from collections import Counter
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -208,12 +208,28 @@ def test_pinned():
     assert torch.equal(there.frames.cpu(), batch.frames)
 
 
-def test_a_signal_to_all_leaves_the_workers_alone():
-    """As torchrun sends SIGTERM: the process that trains has yet to write its checkpoint, and takes batches until then."""
-    loader = Loader(Numbers([0] * 64), 4, workers=2)
-    expected = Loader(Numbers([0] * 64), 4, workers=0)
-    for step in range(8):
-        assert loader.next().keys == expected.next().keys
-        if step == 1:
-            for worker in multiprocessing.active_children():
-                os.kill(worker.pid, signal.SIGTERM)
+SIGNALLED = """
+import os, signal
+from tests.test_loader import Numbers
+from univid.data.loader import Loader
+
+signal.signal(signal.SIGTERM, lambda *_: print("told"))
+loader, expected = (Loader(Numbers([0] * 64), 4, workers=workers) for workers in (2, 0))
+for step in range(8):
+    assert loader.next().keys == expected.next().keys
+    if step == 1:
+        os.killpg(0, signal.SIGTERM)
+"""
+
+
+def test_a_signal_to_the_group_leaves_the_workers_alone():
+    """As torchrun sends SIGTERM: the process that trains takes batches until it has written its checkpoint, and ends them."""
+    done = subprocess.run(
+        [sys.executable, "-c", SIGNALLED],
+        cwd=Path(__file__).parent.parent,
+        start_new_session=True,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert (done.returncode, done.stdout) == (0, "told\n"), done.stderr

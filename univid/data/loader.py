@@ -85,7 +85,7 @@ class Loader:
             prefetch_factor=prefetch if workers else None,
             pin_memory=torch.cuda.is_available() if pin_memory is None else pin_memory,
             collate_fn=_as_it_is,
-            worker_init_fn=_ignore_signals,
+            worker_init_fn=_leave_group,
             generator=torch.Generator(),  # the global one's state is the training's alone
         )
 
@@ -187,7 +187,8 @@ def _as_it_is(fetched: Any) -> Any:
     return fetched
 
 
-def _ignore_signals(worker: int) -> None:
-    """Ctrl-C, and the SIGTERM that torchrun sends to all, are for the process that trains, which ends its workers."""
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.SIG_IGN)
+def _leave_group(worker: int) -> None:
+    """Ctrl-C, and the SIGTERM that torchrun sends to a rank's whole group, are for the process that trains, which ends its workers."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if hasattr(os, "setpgrp"):  # not ignored, for it is how a worker is ended
+        os.setpgrp()
