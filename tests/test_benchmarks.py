@@ -263,6 +263,13 @@ def test_check(folder, capsys):
     assert not (folder / "docs" / "benchmarks.md").exists()
 
 
+def test_comments_of_kernels_make_no_result_stale():
+    code = '// of 3\n#include "a//b.h"\n\nchar c = \'"\'; /* two\nlines */ int n = 2; // "n"\n'
+    bare = '#include "a//b.h"\nchar c = \'"\'; int n = 2;\n'
+    assert record.without_comments(code) == record.without_comments(bare) == bare
+    assert record.without_comments(bare.replace("2", "3")) != bare
+
+
 def test_an_operators_sources_are_its_own():
     names = {op: {path.name for path in record.sources(op)} for op in record.MODULES}
     assert {"temporal.py", "temporal_fwd.cu", "temporal_bwd.cu"} <= names["temporal_attn"]
