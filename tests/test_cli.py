@@ -78,6 +78,30 @@ def test_sweep(model, picture, tmp_path):
     assert labels.min() < 128 < 200 < labels.max()
 
 
+def test_sweep_goes_from_the_image_to_the_text(model, picture, tmp_path):
+    """Each cell is the clip of its own text and image weight, not of the two swapped."""
+    arguments = ["generate", "a cat", "--image", picture, "--model", model, "--steps", "1"]
+    grid = tmp_path / "grid"
+    assert main([*arguments, "-o", str(grid), "--sweep", "0.2:2,1"]) == 0
+    read = lambda folder: np.stack([np.asarray(Image.open(path)) for path in sorted(folder.iterdir())])  # noqa: E731
+    cells = np.split(read(grid)[:, 20:], 2, axis=2)
+    for cell, (text, image) in zip(cells, (("0.2", "2"), ("1", "0")), strict=True):
+        made = []
+        for weights in ((text, image), (image, text)):
+            alone = tmp_path / "-then-".join(weights).replace(".", "_")
+            assert main([*arguments, "-o", str(alone), "--text-weight", weights[0], "--image-weight", weights[1]]) == 0
+            made.append(read(alone))
+        assert np.array_equal(cell, made[0])
+        assert not np.array_equal(cell, made[1])
+
+
+def test_a_name_that_is_not_written_may_be_taken(model, tmp_path):
+    (tmp_path / "x.mp4").mkdir()
+    arguments = ["--model", model, "-o", str(tmp_path / "x.mp4"), "--steps", "1"]
+    assert main(["generate", "a cat", *arguments, "--num-videos", "2"]) == 0
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["x-0.mp4", "x-1.mp4", "x.mp4"]
+
+
 def test_info(model, capsys):
     assert main(["info", model]) == 0
     printed = capsys.readouterr().out
@@ -112,7 +136,17 @@ def test_doctor(capsys):
         (["x", "--text-weight", "1,2"], "text_weight: got 2 weights, 3 needed"),
         (["x", "--sweep", "0,1"], "PROMPT and --image are needed"),
         (["x", "--image", "red.png", "--sweep", "0,b"], "got 'b'"),
+        (["x", "--image", "red.png", "--sweep", "0,nan"], "got 'nan'"),
+        (["x", "--image", "red.png", "--sweep", "0,1", "--text-weight", "0.5"], "--text-weight: got 0.5 with --sweep"),
+        (["x", "--image", "red.png", "--sweep", "0,1", "--image-weight", "1"], "--image-weight: got 1.0 with --sweep"),
+        (["x", "--image", "red.png", "--sweep", "0,1", "--num-videos", "2"], "--num-videos: got 2 with --sweep"),
         (["x", "--model", "nowhere"], "model: got 'nowhere'"),
+        (["x", "--fps", "0.00001", "-o", "q.gif"], "fps: got 1e-05; a number from 0.01 to 240 needed"),
+        (["x", "--text-weight", "nan"], "text_weight: got nan; finite numbers needed"),
+        (["x", "--text-weight", "0,inf,1"], "text_weight: got [0.0, inf, 1.0]; finite numbers needed"),
+        (["x", "--text-weight", "1=nan"], "text_weight: got {1: nan}; finite numbers needed"),
+        (["x", "--steps", "2000", "--scheduler", "dpm++"], "steps: got 2000; at most 1000 needed"),
+        (["x", "--num-videos", "2", "-o", "taken.mp4"], "taken-1.mp4 is a folder that holds other things"),
     ],
 )
 def test_bad_input(model, picture, tmp_path, capsys, monkeypatch, arguments, error):
@@ -120,6 +154,7 @@ def test_bad_input(model, picture, tmp_path, capsys, monkeypatch, arguments, err
     monkeypatch.setattr("univid.model.UNet.forward", lambda *_, **__: pytest.fail("it was sampled"))
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     (tmp_path / "text.png").write_text("no picture")
+    (tmp_path / "taken-1.mp4").mkdir()
     before = sorted(tmp_path.iterdir())
     default = [] if "--model" in arguments else ["--model", model]
     assert main(["generate", *default, *arguments]) == 2

@@ -82,6 +82,14 @@ def test_errors(clip, tmp_path):
     clip.save(tmp_path / "clip")
     with pytest.raises(ValueError, match="'ViT-Z' is not a configuration of open_clip"):
         load_clip(f"ViT-Z:{tmp_path / 'clip'}")
+    for config, more, error in [
+        ([], {}, r"model_cfg: got \[\], needs an object"),
+        (CONFIG | {"text_cfg": 3}, {}, "text_cfg: got 3, needs an object"),
+        (CONFIG, {"preprocess_cfg": {"mean": [0.5, 0.5, 0.5]}}, r"preprocess_cfg\.mean: got \[0\.5"),
+    ]:
+        (tmp_path / "clip" / "open_clip_config.json").write_text(json.dumps({"model_cfg": config} | more))
+        with pytest.raises(ValueError, match=error):
+            load_clip(tmp_path / "clip")
     for vision, error in [
         ({"layers": 3}, r"misses visual\.transformer\.resblocks\.2"),
         ({"layers": 1}, r"has left over visual\.transformer\.resblocks\.1"),
@@ -95,3 +103,22 @@ def test_errors(clip, tmp_path):
     (tmp_path / "clip" / "open_clip_model.safetensors").unlink()
     with pytest.raises(FileNotFoundError, match="no weights as safetensors"):
         load_clip(tmp_path / "clip")
+
+
+@pytest.mark.parametrize(
+    ("part", "name", "value"),
+    [
+        ("text_cfg", "tokenizer_kwargs", {"bpe_path": "merges.txt.gz"}),
+        ("text_cfg", "hf_tokenizer_name", "bert-base-uncased"),
+        ("text_cfg", "hf_model_name", "roberta-base"),
+        ("text_cfg", "tokenizer_mode", "clips"),
+        ("text_cfg", "embed_cls", True),
+        ("vision_cfg", "timm_model_name", "convnext_base"),
+        ("vision_cfg", "attentional_pool", True),
+        ("vision_cfg", "layers", [3, 4, 6, 3]),
+    ],
+)
+def test_other_towers_and_tokenizers_are_refused(part, name, value):
+    config = CONFIG | {part: CONFIG[part] | {name: value}}
+    with pytest.raises(ValueError, match=rf"{part}\.{name}: got .* \(plain ViTs and BPE only\)"):
+        build_clip(config)

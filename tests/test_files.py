@@ -45,6 +45,19 @@ def test_gif(tmp_path, frames):
     assert psnr(read, frames) > 22  # 256 colours
 
 
+@pytest.mark.parametrize("name", ["clip.mp4", "clip.gif"])
+@pytest.mark.parametrize("fps", [float("nan"), float("inf"), 0, -8, 1e9, 1e-5])
+def test_absurd_fps(tmp_path, frames, name, fps):
+    with pytest.raises(ValueError, match=r"fps: got .*; a number from 0\.01 to 240 needed"):
+        write_frames(frames, tmp_path / name, fps)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("fps", [0.01, 100, 240])
+def test_gif_at_the_ends(tmp_path, frames, fps):
+    assert read_video(write_frames(frames, tmp_path / "clip.gif", fps))[1] == min(fps, 100)
+
+
 def test_folder_of_png(tmp_path, frames):
     for _ in range(2):  # written anew in place of the old one
         path = write_frames(frames, tmp_path / "frames")

@@ -4,6 +4,7 @@ import dataclasses
 import itertools
 import warnings
 from contextlib import nullcontext
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -261,6 +262,42 @@ def test_save_and_load(pipe, tmp_path):
         UniVidPipeline.from_pretrained(tmp_path / "model")
 
 
+def test_saving_replaces_all_or_nothing(pipe, tmp_path, monkeypatch):
+    folder = tmp_path / "model"
+    pipe.save_pretrained(folder)
+    (folder / "unet" / "training.json").write_text("[]")
+    (folder / "README.md").write_text("a card")
+    read = lambda: {p.relative_to(folder): p.read_bytes() for p in folder.rglob("*") if p.is_file()}  # noqa: E731
+    before = read()
+    other = make()
+    other.settings = dataclasses.replace(SETTINGS, fps=7)
+    torch.nn.init.ones_(other.unet.conv_in.bias)
+    with monkeypatch.context() as patch:
+        patch.setattr(other.clip, "save", interrupt)  # after the U-Net's weights
+        with pytest.raises(KeyboardInterrupt):
+            other.save_pretrained(folder)
+    assert read() == before
+    rename = Path.rename
+
+    def fail(self, target):  # the last step
+        return interrupt() if self.name == target.name == "model" else rename(self, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "rename", fail)
+        with pytest.raises(KeyboardInterrupt):
+            other.save_pretrained(folder)
+    assert read() == before
+    assert list(tmp_path.iterdir()) == [folder]
+    other.save_pretrained(folder)
+    after = read()
+    assert after.keys() == before.keys()
+    changed = {str(name) for name in after if after[name] != before[name]}
+    assert changed == {"generation.json", "unet/diffusion_pytorch_model.safetensors"}
+    assert list(tmp_path.iterdir()) == [folder]
+    with pytest.raises(FileExistsError, match="is a file; a folder's name needed"):
+        pipe.save_pretrained(folder / "README.md")
+
+
 def test_from_sd21(pipe, tmp_path):
     theirs = UNet2DConditionModel(
         block_out_channels=(32, 64),
@@ -304,7 +341,17 @@ def test_from_sd21(pipe, tmp_path):
         ({"prompt": "x", "scheduler": "magic"}, "scheduler: got 'magic'; one of ddim"),
         ({"prompt": "x", "steps": 0}, "steps: got 0"),
         ({"prompt": "x", "fps": 0}, "fps: got 0"),
-        ({"prompt": "x", "fps": float("nan")}, "fps: got nan"),
+        ({"prompt": "x", "fps": float("nan")}, "fps: got nan; a number from 0.01 to 240 needed"),
+        ({"prompt": "x", "fps": float("inf")}, "fps: got inf; a number from 0.01 to 240 needed"),
+        ({"prompt": "x", "fps": 1e9}, "fps: got 1000000000.0; a number from"),
+        ({"prompt": "x", "fps": -8}, "fps: got -8; a number from"),
+        ({"prompt": "x", "steps": 1001}, "steps: got 1001; at most 1000 needed"),
+        ({"prompt": "x", "steps": 2000, "scheduler": "dpm++"}, "steps: got 2000; at most 1000 needed"),
+        ({"prompt": "x", "steps": 2000, "scheduler": "euler"}, "steps: got 2000; at most 1000 needed"),
+        ({"prompt": "x", "text_weight": float("nan")}, "text_weight: got nan; finite numbers needed"),
+        ({"prompt": "x", "text_weight": [0, float("nan"), 1]}, r"text_weight: got \[0, nan, 1\]; finite"),
+        ({"prompt": "x", "text_weight": {1: float("inf")}}, "text_weight: got {1: inf}; finite"),
+        ({"prompt": "x", "image_weight": float("nan")}, "image_weight: got nan; finite"),
         ({"prompt": "x", "guidance_scale": float("inf")}, "guidance_scale: got inf; a finite number needed"),
         ({"prompt": "x", "num_videos": 0}, "num_videos: got 0"),
         ({"prompt": "x", "guidance_rescale": 2}, "guidance_rescale: got 2"),

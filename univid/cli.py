@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 import sys
 import warnings
 from collections.abc import Callable, Sequence
@@ -13,7 +14,7 @@ _EXAMPLES = """\
 examples:
   univid generate "a red circle moves to the right" -o circle.mp4
   univid generate --image start.png --model path/to/univid -o clip.gif
-  univid generate "a cat in the snow" --image cat.png --text-weight 0.5 --sweep 0,0.5,1 -o sweep.mp4
+  univid generate "a cat in the snow" --image cat.png --sweep 0,0.5,1 -o sweep.mp4
   univid encode clips/ -o latents --model path/to/univid
   univid doctor
   univid info path/to/univid
@@ -45,13 +46,15 @@ def generate(options: argparse.Namespace) -> int:
     import torch
 
     from univid.checkpoint import find
-    from univid.data.files import check_writable
+    from univid.data.files import check_writable, numbered
     from univid.pipeline import UniVidPipeline
 
     grid = _sweep(options)
     if not options.prompt and not options.image:
         raise ValueError("PROMPT, --image: got neither; at least one is needed")
-    output = check_writable(options.output, options.num_frames or 2)  # before the model is loaded, let alone sampled
+    output = Path(options.output)
+    for name in numbered(output, options.num_videos):  # before the model is loaded, let alone sampled
+        check_writable(name, options.num_frames or 2)
     device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
     if device.partition(":")[0] not in ("cpu", "cuda"):
         raise ValueError(f"--device: got {device!r}; cuda or cpu needed")
@@ -72,7 +75,11 @@ def generate(options: argparse.Namespace) -> int:
 
         written = [sweep(pipe, grid, settings, output)]
     else:
-        weights = {"text_weight": options.text_weight, "image_weight": options.image_weight}
+        weights = {
+            name: getattr(options, name)
+            for name in ("text_weight", "image_weight")
+            if getattr(options, name) is not None
+        }
         written = pipe(**settings, **weights).save(output)
     for path in written:
         print(path)
@@ -148,11 +155,22 @@ def _sweep(options: argparse.Namespace) -> list[tuple[float, float]]:
         return []
     if not (options.prompt and options.image):
         raise ValueError("--sweep: goes from a text to an image; PROMPT and --image are needed")
+    for name, value in (
+        ("--text-weight", options.text_weight),
+        ("--image-weight", options.image_weight),
+        ("--num-videos", None if options.num_videos == 1 else options.num_videos),
+    ):
+        if value is not None:
+            raise ValueError(
+                f"{name}: got {value} with --sweep, which makes one video of each of its weights; drop one"
+            )
     pairs = []
     for entry in options.sweep.split(","):
         parts = entry.split(":")
         try:
             text, image = map(float, parts if len(parts) == 2 else (entry, 1 - float(entry)))
+            if not (math.isfinite(text) and math.isfinite(image)):
+                raise ValueError
         except ValueError:
             raise ValueError(f"--sweep: got {entry!r}; numbers, or text:image pairs such as 0.5:1, needed") from None
         pairs.append((text, image))
@@ -217,9 +235,9 @@ def _parser() -> argparse.ArgumentParser:
     make.add_argument("--image-guidance-scale", type=float, metavar="S")
     make.add_argument("--guidance-rescale", type=float, metavar="PHI", help="0 to 1")
     make.add_argument(
-        "--text-weight", type=_weight, default=1.0, metavar="W", help="a number; 0,0.5,1 by frame; 1=0.5,8=2 by level"
+        "--text-weight", type=_weight, metavar="W", help="a number; 0,0.5,1 by frame; 1=0.5,8=2 by level (default: 1)"
     )
-    make.add_argument("--image-weight", type=_weight, default=1.0, metavar="W", help="the same of the picture")
+    make.add_argument("--image-weight", type=_weight, metavar="W", help="the same of the picture")
     make.add_argument(
         "--sweep", metavar="W,W,…", help="a labelled grid over text weights (image weight 1 - W), or text:image pairs"
     )

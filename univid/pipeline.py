@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields, replace
@@ -22,7 +23,7 @@ from tqdm import tqdm
 from univid.checkpoint import find
 from univid.data.autoencoder import Autoencoder, load_autoencoder
 from univid.data.clip import Clip, load_clip
-from univid.data.files import Frames, read_image, write_frames
+from univid.data.files import Frames, beside, check_fps, check_writable, numbered, read_image, write_frames
 from univid.data.tensors import read_json
 from univid.graphs import Graphed, Pace, graph_key
 from univid.guidance import Pass, Weight, absent, by_level, guide, passes
@@ -60,10 +61,9 @@ class Videos:
 
     def save(self, path: str | Path) -> list[Path]:
         """Write .mp4, .gif, a folder of png, or one .png of a single frame; of several videos, each under a number: clip-0.mp4, …"""
-        path = Path(path)
-        if len(self.frames) == 1:
-            return [write_frames(self.frames[0], path, self.fps)]
-        names = [path.with_name(f"{path.stem}-{index}{path.suffix}") for index in range(len(self.frames))]
+        names = numbered(path, len(self.frames))
+        for name in names:  # all before the first is written
+            check_writable(name, self.frames.shape[1])
         return [write_frames(frames, name, self.fps) for frames, name in zip(self.frames, names, strict=True)]
 
 
@@ -134,15 +134,34 @@ class UniVidPipeline:
         )
 
     def save_pretrained(self, path: str | Path) -> None:
-        """Every part as safetensors under ``path``: unet/, image_adapter/, vae/, clip/, scheduler/, and the settings."""
-        path = Path(path)
-        path.mkdir(parents=True, exist_ok=True)
+        """Every part as safetensors under ``path``: unet/, image_adapter/, vae/, clip/, scheduler/, and the settings.
+
+        They are written beside ``path`` and take its place together. Other files of a folder that is there stay in it.
+
+        Raises:
+            FileExistsError: ``path`` is a file.
+        """
+        path = Path(path).resolve()  # where a link leads, not the link, is replaced
+        if path.exists() and not path.is_dir():
+            raise FileExistsError(f"path: {path} is a file; a folder's name needed")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        beside(path, partial(self._write, path))
+
+    def _write(self, there: Path, path: Path) -> None:
+        """All parts under ``path``, and what else is ``there``."""
         self.unet.save_pretrained(path / "unet")
         self.adapter.save_pretrained(path / "image_adapter")
         self.vae.save(path / "vae")
         self.clip.save(path / "clip")
         SCHEDULERS["ddim"].from_config(self.scheduler).save_pretrained(path / "scheduler")
         (path / SETTINGS).write_text(json.dumps(asdict(self.settings), indent=1) + "\n")
+
+        def written(folder: str, names: list[str]) -> set[str]:
+            new = path / Path(folder).relative_to(there)
+            return {name for name in names if (new / name).is_file()}
+
+        if there.is_dir():
+            shutil.copytree(there, path, symlinks=True, ignore=written, dirs_exist_ok=True)
 
     def to(self, device: torch.device | str) -> UniVidPipeline:
         """Move all parts. On a GPU the U-Net runs as a CUDA graph, which is kept for calls of the same sizes until one of
@@ -212,9 +231,14 @@ class UniVidPipeline:
         )
         levels = self.unet.config.factors
         weights = {
-            "text": by_level("text_weight", text_weight if prompt is not None else 0.0, levels, s.num_frames),
-            "image": by_level("image_weight", image_weight if image is not None else 0.0, levels, s.num_frames),
+            "text": by_level("text_weight", text_weight, levels, s.num_frames),
+            "image": by_level("image_weight", image_weight, levels, s.num_frames),
         }
+        for name, weight, condition in (("text", text_weight, prompt), ("image", image_weight, image)):
+            if not all(torch.as_tensor(w).isfinite().all() for w in weights[name].values()):
+                raise ValueError(f"{name}_weight: got {weight}; finite numbers needed")
+            if condition is None:
+                weights[name] = by_level(f"{name}_weight", 0.0, levels, s.num_frames)
         with_text, with_image = not absent(weights["text"]), not absent(weights["image"])
         if not with_text and not with_image:
             raise ValueError("prompt, image: both are absent or have weight 0; at least one is needed")
@@ -344,8 +368,10 @@ class UniVidPipeline:
             raise ValueError(
                 f"height, width: got {s.height}x{s.width}; multiples of {unit} needed, of which the nearest is {near[0]}x{near[1]}"
             )
-        if not 0 < s.fps < math.inf:
-            raise ValueError(f"fps: got {s.fps}; a number > 0 needed")
+        noised = self.scheduler.get("num_train_timesteps", 1000)  # diffusers' default
+        if s.steps > noised:
+            raise ValueError(f"steps: got {s.steps}; at most {noised} needed, the scheduler's num_train_timesteps")
+        check_fps(s.fps)
         for name in ("guidance_scale", "image_guidance_scale"):
             if not math.isfinite(getattr(s, name)):
                 raise ValueError(f"{name}: got {getattr(s, name)}; a finite number needed")

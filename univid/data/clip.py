@@ -126,6 +126,7 @@ def load_clip(source: str | Path, dtype: torch.dtype = torch.float32) -> Clip:
         config = read_json(folder / CONFIG).get("model_cfg")
         if config is None:
             raise ValueError(f"clip: {folder / CONFIG} has no model_cfg, the configuration of an open_clip model")
+        _check_preprocessing(folder / CONFIG)
     weights = _weights(folder)
     vocabulary = folder / VOCABULARY
     clip = build_clip(config, vocabulary if vocabulary.is_file() else None)
@@ -138,7 +139,13 @@ def load_clip(source: str | Path, dtype: torch.dtype = torch.float32) -> Clip:
 
 
 def build_clip(config: dict, vocabulary: Path | None = None) -> Clip:
-    """A CLIP with random weights, from open_clip's ``model_cfg``."""
+    """A CLIP with random weights, from open_clip's ``model_cfg``.
+
+    Raises:
+        ValueError: no such configuration, or one of towers other than plain ViTs, or of a tokenizer that is not BPE with
+            the merges of open_clip or of ``vocabulary``.
+    """
+    _check_config(config)
     kind = open_clip.model.CustomTextCLIP if config.get("custom_text") else open_clip.model.CLIP
     try:
         model = kind(**{key: value for key, value in config.items() if key != "custom_text"})
@@ -149,6 +156,41 @@ def build_clip(config: dict, vocabulary: Path | None = None) -> Clip:
     own = {"bpe_path": str(vocabulary)} if vocabulary else {}
     length = config["text_cfg"].get("context_length", 77)
     return Clip(model, open_clip.SimpleTokenizer(context_length=length, **own), config, vocabulary)
+
+
+# What open_clip would build another tower or tokenizer for than this file reads.
+_UNSUPPORTED = {
+    "vision_cfg": ("timm_model_name", "attentional_pool"),
+    "text_cfg": ("hf_model_name", "hf_tokenizer_name", "tokenizer_mode", "tokenizer_kwargs", "embed_cls"),
+}
+
+
+def _check_config(config: Any) -> None:
+    if not isinstance(config, dict):
+        raise ValueError(f"clip: model_cfg: got {config!r}, needs an object with embed_dim, vision_cfg and text_cfg")
+    for part, names in _UNSUPPORTED.items():
+        tower = config.get(part)
+        if not isinstance(tower, dict):
+            raise ValueError(f"clip: model_cfg: {part}: got {tower!r}, needs an object, of a plain ViT")
+        for name in names:
+            if tower.get(name):
+                own = f"; merges of its own stand in {VOCABULARY}" if name == "tokenizer_kwargs" else ""
+                raise ValueError(
+                    f"clip: model_cfg: {part}.{name}: got {tower[name]!r}, needs none (plain ViTs and BPE only){own}"
+                )
+        layers = tower.get("layers", 12)
+        if not isinstance(layers, int):  # a list is a ResNet's
+            raise ValueError(
+                f"clip: model_cfg: {part}.layers: got {layers!r}, needs a number (plain ViTs and BPE only)"
+            )
+
+
+def _check_preprocessing(path: Path) -> None:
+    """See that pictures are normalized as :meth:`Clip.image` does it."""
+    given = read_json(path).get("preprocess_cfg") or {}
+    for name, built_in in (("mean", open_clip.OPENAI_DATASET_MEAN), ("std", open_clip.OPENAI_DATASET_STD)):
+        if list(given.get(name, built_in)) != list(built_in):
+            raise ValueError(f"clip: {path}: preprocess_cfg.{name}: got {given[name]}, needs {list(built_in)}")
 
 
 def _weights(path: Path) -> Path:

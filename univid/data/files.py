@@ -18,6 +18,8 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 
 Frames = NDArray[np.uint8]  # (T, H, W, 3), RGB
 
+FPS = (0.01, 240)  # from what gif and mp4 hold both to more than any screen shows
+
 _SUFFIXES = (".mp4", ".gif", ".png")
 
 
@@ -46,6 +48,19 @@ def check_writable(path: str | Path, num_frames: int = 2) -> Path:
     return path
 
 
+def check_fps(fps: float) -> float:
+    """Raises ValueError where it is not within ``FPS``."""
+    if not FPS[0] <= fps <= FPS[1]:
+        raise ValueError(f"fps: got {fps}; a number from {FPS[0]} to {FPS[1]} needed")
+    return fps
+
+
+def numbered(path: str | Path, count: int) -> list[Path]:
+    """The names of ``count`` videos: ``path`` of one, else clip-0.mp4, clip-1.mp4, …"""
+    path = Path(path)
+    return [path] if count == 1 else [path.with_name(f"{path.stem}-{index}{path.suffix}") for index in range(count)]
+
+
 def write_frames(frames: Frames, path: str | Path, fps: float = 8) -> Path:
     """Write ``(T, H, W, 3)`` uint8 as the ending of ``path`` says: .mp4, .gif, .png (one frame), or none: a folder of png files.
 
@@ -55,10 +70,11 @@ def write_frames(frames: Frames, path: str | Path, fps: float = 8) -> Path:
     if frames.dtype != np.uint8 or frames.ndim != 4 or frames.shape[3] != 3 or not frames.shape[0]:
         raise ValueError(f"frames: got {frames.dtype} {frames.shape}; uint8 (T, H, W, 3) with T >= 1 needed")
     path = check_writable(path, len(frames))
+    check_fps(fps)
     if path.suffix == ".mp4" and (frames.shape[1] % 2 or frames.shape[2] % 2):
         raise ValueError(f"frames: mp4 needs an even height and width, got {frames.shape[1]}x{frames.shape[2]}")
     write = {".mp4": _write_mp4, ".gif": _write_gif, ".png": _write_png, "": _write_folder}[path.suffix]
-    _beside(path, lambda partial: write(frames, partial, fps))
+    beside(path, lambda partial: write(frames, partial, fps))
     return path
 
 
@@ -124,9 +140,8 @@ def _write_gif(frames: Frames, path: Path, fps: float) -> None:
     sample = Image.fromarray(frames[:: max(1, len(frames) // 8)].reshape(-1, frames.shape[2], 3))
     palette = sample.quantize(256, method=Image.Quantize.MEDIANCUT)
     images = [Image.fromarray(frame).quantize(palette=palette) for frame in frames]
-    images[0].save(
-        path, "GIF", save_all=True, append_images=images[1:], duration=round(1000 / fps), loop=0, optimize=False
-    )
+    duration = max(10, round(1000 / fps))  # gif counts hundredths of a second, and players show 0 at 10 fps
+    images[0].save(path, "GIF", save_all=True, append_images=images[1:], duration=duration, loop=0, optimize=False)
 
 
 def _write_png(frames: Frames, path: Path, fps: float) -> None:
@@ -140,13 +155,21 @@ def _write_folder(frames: Frames, path: Path, fps: float) -> None:
         Image.fromarray(frame).save(path / f"{index:0{digits}}.png")
 
 
-def _beside(path: Path, write: Callable[[Path], None]) -> None:
-    """``write(partial)``, then its file or folder takes the place of ``path``; nothing is left of it if it fails."""
+def beside(path: Path, write: Callable[[Path], None]) -> None:
+    """``write(partial)``, then its file or folder takes the place of ``path``; if it fails, what was there still is."""
     room = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}."))
     try:
         write(room / path.name)
-        if path.is_dir():
-            path.rename(room / "old")
-        (room / path.name).replace(path)
+        if not path.is_dir():
+            (room / path.name).replace(path)
+            return
+        old = room / f"{path.name}.old"  # a folder that is not empty cannot be replaced at once
+        path.rename(old)
+        try:
+            (room / path.name).rename(path)
+        except BaseException:
+            if not path.exists():
+                old.rename(path)
+            raise
     finally:
         shutil.rmtree(room, ignore_errors=True)
