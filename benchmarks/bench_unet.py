@@ -136,13 +136,13 @@ def _compiled(build: Callable[[], Model]) -> Callable[[], Model]:
 
 IMPLEMENTATIONS = {
     "univid": Implementation(ours),
-    "univid, CUDA graph": Implementation(ours, graph=True),
     "univid, backend triton": Implementation(ours, backend="triton"),
     "univid, backend torch": Implementation(ours, backend="torch"),
     "ModelScope T2V (UNet3D)": Implementation(modelscope),
     "I2VGen-XL": Implementation(i2vgen),
     "Stable Video Diffusion": Implementation(svd),
     "Stable Diffusion 2.1, frames as a batch": Implementation(sd21),
+    "univid, CUDA graph": Implementation(ours, graph=True),  # after all that a capture broken off would disturb
     # What takes minutes to compile comes last.
     "univid, compiled, CUDA graph": Implementation(compiled, graph=True),
     "univid, compiled": Implementation(compiled),
@@ -175,6 +175,7 @@ def main(arguments: list[str] | None = None) -> int:
 def measure(name: str, implementation: Implementation) -> Iterator[dict]:
     """The rows of an implementation; of what cannot run, why."""
     head = {"op": "unet", "level": LEVEL, "batch": CLIPS, "implementation": name}
+    direction = implementation.directions[0]
     with _backend(implementation.backend):
         try:
             model = _built(implementation.build)
@@ -182,7 +183,8 @@ def measure(name: str, implementation: Implementation) -> Iterator[dict]:
                 row = _measured(model, implementation, direction)
                 yield head | {"direction": direction} | row
         except Exception as error:
-            yield head | {"direction": "fwd", "failure": f"{type(error).__name__}: {str(error).splitlines()[0][:160]}"}
+            reason = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:160]}"
+            yield head | {"direction": direction, "failure": reason}
     model = None
     gc.collect()
     torch.cuda.empty_cache()
