@@ -9,23 +9,23 @@
 //
 // A warpgroup has O += P·V of one tile of keys and S = Q·Kᵀ of the next under way together; what it computes itself
 // meanwhile runs beside the products of the other warpgroups. There is one O: a second stream of one tile of keys knows
-// its sum before its P·V starts, so its P is scaled by weight / sum and added to the first stream's O, which is by then
-// scaled by its own. The tiles of keys are counted at compile time (C), and a warpgroup's place among the queries is
-// counted on: with loops and divisions more than half of the instructions were neither exponentials nor products, and
-// warps waited for these, not for the tensor cores.
+// its sum before its P·V starts, so the first stream's O is brought to its units, (weight / sum) / (weight / sum), and
+// the end result scaled by the second's. The tiles of keys are counted at compile time (C), and a warpgroup's place
+// among the queries is counted on: with loops and divisions more than half of the instructions were neither
+// exponentials nor products, and warps waited for these, not for the tensor cores.
 //
 // P = exp2(scale · S - reference), any reference near the row's largest score will do: it is 0, until a tile's sum
 // shows that P has outgrown its dtype, or that the first tile of a stream all but vanishes. Then the tile is
-// exponentiated again with its maximum as the reference. So there is no search for a maximum as a rule, but for the one
-// tile of a second stream.
+// exponentiated again with its maximum as the reference. So there is no search for a maximum as a rule.
 //
-// Q comes from registers: a product of 64 x 88 with both operands in shared memory takes 7/8 of its bandwidth.
+// Q comes from shared memory, though a product of 64 x 88 then takes 7/8 of its bandwidth: without Q a lane needs few
+// enough registers for a fourth warpgroup, which is worth more.
 //
-// Registers of a lane: 44 scores, 16 of Q, 24 of P, 32 of O, of 168. Shared memory: 16 KB of Q and results a warpgroup,
-// 22 KB a tile of keys and values: at most 4 tiles, as the backward holds.
+// Registers of a lane: 44 scores, 24 of P, 32 of O, of 128. Shared memory: 16 KB of Q and results a warpgroup, 22 KB a
+// tile of keys and values: at most 4 tiles, as the backward holds.
 //
 // Measured 2026-11-24 on one H200 (B = 2, T = 24, D = 64, bfloat16, 77 + 257 keys, replays of a graph; 8192³ product
-// 679 TFLOP/s), ms at N/H = 2880/5, 720/10, 180/20, 45/20: 0.135, 0.072, 0.043, 0.015.
+// 713 TFLOP/s), ms at N/H = 2880/5, 720/10, 180/20, 45/20: 0.123, 0.068, 0.039, 0.015.
 #include <algorithm>
 #include <cmath>
 #include <type_traits>
@@ -41,7 +41,7 @@ namespace {
 
 using namespace hopper;
 
-constexpr int kGroups = 3;  // warpgroups
+constexpr int kGroups = 4;  // warpgroups
 constexpr int kQSlots = 2;  // tiles of Q
 
 struct Arguments {
@@ -62,6 +62,32 @@ struct Shared {
   uint64_t q_filled[kGroups][kQSlots];
   uint64_t k_filled, v_filled;
 };
+
+__device__ inline float reciprocal(float x) {
+  float y;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+
+__device__ inline float log2_fast(float x) {
+  float y;
+  asm("lg2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+
+// Two neighbouring elements, scaled.
+template <typename Element>
+__device__ void scale_packed(uint32_t& pair, float scale) {
+  float low, high;
+  if constexpr (std::is_same_v<Element, __half>) {
+    low = __half2float(__ushort_as_half(static_cast<unsigned short>(pair)));
+    high = __half2float(__ushort_as_half(static_cast<unsigned short>(pair >> 16)));
+  } else {
+    low = __uint_as_float(pair << 16);
+    high = __uint_as_float(pair & 0xffff0000);
+  }
+  pair = pack<Element>(low * scale, high * scale);
+}
 
 // The softmax of a lane's part of 64 rows over the tiles of one stream.
 template <typename Element>
@@ -100,23 +126,12 @@ class StreamSoftmax {
     total_[1] += sums[1];
   }
 
-  // s = exp2(s) of a stream's only tile; what `finish` then says is final.
-  __device__ void exponentiate_all(float (&s)[kScores]) {
-    find_peaks(s, reference_);
-    total_[0] = total_[1] = 0;
-#pragma unroll
-    for (int i = 0; i < kScores; i++) {
-      s[i] = exp2_fast(fmaf(s[i], scale_, -reference_[i / 2 % 2]));
-      total_[i / 2 % 2] += s[i];
-    }
-  }
-
-  // The sum of a row, over its four lanes, and the logsumexp in natural units. The next stream may begin.
-  __device__ void finish(float (&total)[2], float (&logsumexp)[2]) {
+  // The sum of a row, over its four lanes, and its reference. The next stream may begin.
+  __device__ void finish(float (&total)[2], float (&reference)[2]) {
 #pragma unroll
     for (int r = 0; r < 2; r++) {
       total[r] = row_sum(total_[r]);
-      logsumexp[r] = (reference_[r] + __log2f(total[r])) * 0.69314718f;
+      reference[r] = reference_[r];
     }
     restart();
   }
@@ -157,11 +172,12 @@ __device__ void attend(const Arguments& args, Shared<C>& shared, int w) {
   const Queries& queries = args.queries;
   const int begin = static_cast<int>(int64_t{queries.num_tiles} * blockIdx.x / gridDim.x);
   const int end = static_cast<int>(int64_t{queries.num_tiles} * (blockIdx.x + 1) / gridDim.x);
-  const uint64_t k_tile = tile_descriptor(shared.k), v_tile = tile_descriptor(shared.v);
+  const uint64_t q_tile = tile_descriptor(shared.q[w]), k_tile = tile_descriptor(shared.k),
+                 v_tile = tile_descriptor(shared.v);
   Cursor<kQSlots> q_at;
   StreamSoftmax<Element> softmax(args.scale_log2);
   float s[kScores], o[32];
-  uint32_t q[16], p[kPacked];
+  uint32_t p[kPacked];
 #pragma unroll
   for (int i = 0; i < 32; i++) o[i] = 0;
 #pragma unroll
@@ -181,10 +197,8 @@ __device__ void attend(const Arguments& args, Shared<C>& shared, int w) {
     pin(p);  // the former scores have been read
 #pragma unroll
     for (int i = 0; i < kScores; i++) s[i] = 0;  // makes no code; without it ptxas keeps the former and serialises
-    if (key_tile == 0) load_tile(shared.q[w][q_at.slot], q, warp, lane);
-    pin(q);
     wgmma_fence();
-    multiply_transposed<Element>(s, q, k_tile + key_tile * (kKeyBytes / 16));
+    multiply_transposed<Element>(s, q_tile + q_at.slot * (kTileBytes / 16), k_tile + key_tile * (kKeyBytes / 16));
     wgmma_commit();
   };
   const auto start_output = [&](int key_tile) {
@@ -196,19 +210,27 @@ __device__ void attend(const Arguments& args, Shared<C>& shared, int w) {
   const auto strike_out = [&](int key_tile) {
     if (C::ends(key_tile)) mask(s, args.length[C::stream(key_tile)] - C::place(key_tile) * kKeys);
   };
-  // Writes a stream's logsumexp; makes weight / sum.
-  const auto finish_sums = [&](const Place& place, int stream, float (&factor)[2]) {
-    float total[2], logsumexp[2];
-    softmax.finish(total, logsumexp);
+  const auto weights = [&](const Place& place, int stream, float (&weight)[2]) {
+    const int row = place.row + warp * 16 + lane / 4;
+#pragma unroll
+    for (int i = 0; i < 2; i++) weight[i] = args.weight[stream].at(queries, place, min(row + 8 * i, queries.rows - 1));
+  };
+  // Writes a stream's logsumexp, in natural units.
+  const auto write_logsumexp = [&](const Place& place, int stream, const float (&total)[2],
+                                   const float (&reference)[2]) {
     const int row = place.row + warp * 16 + lane / 4;
     float* const to = args.logsumexp[stream] + place.index(queries, row);
-    if (lane % 4 == 0 && row < queries.rows) to[0] = logsumexp[0];
-    if (lane % 4 == 0 && row + 8 < queries.rows) to[8] = logsumexp[1];
+    if (lane % 4 == 0 && row < queries.rows) to[0] = (reference[0] + log2_fast(total[0])) * 0.69314718f;
+    if (lane % 4 == 0 && row + 8 < queries.rows) to[8] = (reference[1] + log2_fast(total[1])) * 0.69314718f;
+  };
+  // Of the first stream: writes its logsumexp, makes weight / sum.
+  const auto finish_sums = [&](const Place& place, float (&factor)[2]) {
+    float total[2], reference[2];
+    softmax.finish(total, reference);
+    write_logsumexp(place, 0, total, reference);
+    weights(place, 0, factor);
 #pragma unroll
-    for (int i = 0; i < 2; i++) {
-      const int query = min(row + 8 * i, queries.rows - 1);
-      factor[i] = args.weight[stream].at(queries, place, query) * __fdividef(1, total[i]);
-    }
+    for (int i = 0; i < 2; i++) factor[i] *= reciprocal(total[i]);
   };
   const auto store = [&](const Place& place) {
     // The tile of o is free once the former copy from it has been read; the thread that started it says so at the
@@ -258,37 +280,45 @@ __device__ void attend(const Arguments& args, Shared<C>& shared, int w) {
         ptx::cp_async_bulk_wait_group_read(ptx::n32_t<0>());
         load_queries(next_place, q_at.slot ^ 1);
       }
-      float factor[2], common[2] = {1, 1};
+      float factor[2], common[2], total[2], reference[2];  // the last three of the second stream
       const auto step = [&](auto key_tile) {
         constexpr int kTile = decltype(key_tile)::value;
         constexpr bool kEndsFirst = C::ends(kTile);
         start_scores(kTile + 1);
         start_output(kTile);
-        if constexpr (kEndsFirst) finish_sums(place, 0, factor);
+        if constexpr (kEndsFirst) {
+          finish_sums(place, factor);
+          weights(place, 1, common);
+        }
         wgmma_wait<0>();
         pin(s);
         pin(o);
         pin(p);
         strike_out(kTile + 1);
         if constexpr (kEndsFirst) {
-          float of_second[2];
-          softmax.exponentiate_all(s);
-          finish_sums(place, 1, of_second);
-          if constexpr (std::is_same_v<Element, __half>) {
-            // P in float16 has no room for small factors: the larger one waits until the end.
+          softmax.template exponentiate<true>(s, p, o);
+          softmax.finish(total, reference);
+#pragma unroll
+          for (int r = 0; r < 2; r++) common[r] *= reciprocal(total[r]);
+          // P stays as it is, and O is brought to its units. Not where weight / sum vanishes beside the first stream's.
+          const auto serves = [&](int r) {
+            return fabsf(common[r]) > fabsf(factor[r]) * 0x1p-60f && fabsf(common[r]) > 0x1p-100f;
+          };
+          if (!__all_sync(~0u, serves(0) && serves(1))) {
 #pragma unroll
             for (int r = 0; r < 2; r++) {
-              common[r] = fmaxf(fmaxf(fabsf(factor[r]), fabsf(of_second[r])), 0x1p-100f);
-              const float inverse = __frcp_rn(common[r]);
-              factor[r] *= inverse;
-              of_second[r] *= inverse;
+              if (serves(r)) continue;
+              const float unit = fmaxf(fabsf(factor[r]) * 0x1p-60f, 0x1p-100f);
+              const float scale = common[r] * reciprocal(unit);
+              common[r] = unit;
+#pragma unroll
+              for (int i = r; i < kScores / 2; i += 2) scale_packed<Element>(p[i], scale);
             }
           }
 #pragma unroll
-          for (int i = 0; i < 32; i++) o[i] *= factor[i / 2 % 2];
+          for (int r = 0; r < 2; r++) factor[r] *= reciprocal(common[r]);
 #pragma unroll
-          for (int i = 0; i < kScores / 2; i++)
-            p[i] = pack<Element>(s[2 * i] * of_second[i % 2], s[2 * i + 1] * of_second[i % 2]);
+          for (int i = 0; i < 32; i++) o[i] *= factor[i / 2 % 2];
         } else {
           softmax.template exponentiate<false>(s, p, o);
         }
@@ -302,7 +332,10 @@ __device__ void attend(const Arguments& args, Shared<C>& shared, int w) {
       if (--left > 0) wait(&shared.q_filled[w][q_at.slot], q_at.round);
       start_scores(0);
       start_output(C::kAll - 1);
-      if constexpr (C::kSecond == 0) finish_sums(place, 0, factor);
+      if constexpr (C::kSecond == 0)
+        finish_sums(place, factor);
+      else
+        write_logsumexp(place, 1, total, reference);
       wgmma_wait<0>();
       pin(s);
       pin(o);

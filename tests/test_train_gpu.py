@@ -148,6 +148,25 @@ def test_compiled_blocks_compute_the_same(card, tmp_path):
     assert error(compiled, eager) < 0.03
 
 
+@pytest.mark.filterwarnings("ignore:.*does not have a deterministic implementation")
+@pytest.mark.parametrize("more", [(), ("compute.activation_checkpointing=true",)], ids=["plain", "checkpointed"])
+def test_replayed_steps_are_plain_ones(card, tmp_path, deterministic, monkeypatch, more):
+    """Bit for bit: streams of clips and images, all tasks, two parts a step."""
+
+    def after_some_steps(*overrides: str) -> tuple[Trainer, dict[str, torch.Tensor], list[float]]:
+        trainer = Trainer(configure(tmp_path, "stage=joint", "optimizer.accumulate=2", *more, *overrides), card)
+        monkeypatch.setattr(torch.backends.cudnn, "benchmark", False)
+        losses = [trainer.train_step().loss for _ in range(24)]
+        return trainer, state_of(trainer), torch.stack(losses).tolist()
+
+    _, plain, losses = after_some_steps("compute.cuda_graphs=false")
+    trainer, replayed, same = after_some_steps()
+    assert len(trainer.backward.kinds) == 6
+    assert all(kind.graph is not None for kind in trainer.backward.kinds.values())
+    assert same == losses
+    assert not [name for name in plain if not torch.equal(plain[name], replayed[name])]
+
+
 def test_a_step_asks_the_device_nothing(card, tmp_path):
     from train.bench import synchronisations
 
@@ -184,6 +203,7 @@ def test_a_step_that_is_not_finite_does_nothing_but_count(card, tmp_path):
 TWO = {
     "sharded": ["steps=3", "compute.dtype=float32", "optimizer.eps=1e-4"],
     "replicated": ["steps=3", "compute.dtype=float32", "optimizer.eps=1e-4", "compute.replicas=2"],
+    "replayed": ["steps=9", "stage=t2v", "streams.image.share=0", "compute.dtype=float32", "optimizer.eps=1e-4"],
 }
 
 

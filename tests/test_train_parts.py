@@ -1,5 +1,6 @@
 """The trainer's parts by themselves: configuration, draws, noise, export."""
 
+import dataclasses
 import importlib
 import itertools
 import json
@@ -18,17 +19,20 @@ from tests.test_data import mp4, shards  # noqa: F401 - fixtures
 from tests.test_pipeline import SCHEDULE, make
 from tests.train_worker import configure, state_of, train
 from train.config import CONFIGS, Config, Optimizer, Stream, load
+from train.data import Conditioned
 from train.diffusion import Diffusion
 from train.export import Export, export
 from train.export import main as export_main
-from train.fsdp import main
+from train.fsdp import Inputs, main
+from train.graphs import cloned, leaves, signature
 from train.log import FILE, Logs, Meter
 from train.optimizer import learning_rate
 from train.processes import processes
-from train.stages import STAGES, draw, plan
+from train.stages import STAGES, Draw, draw, plan
 from train.validation import grid
 from univid import UniVidPipeline
 from univid.cli import main as univid
+from univid.ops import ReferenceFrames
 
 CPU = torch.device("cpu")
 
@@ -340,3 +344,18 @@ def test_wandb_that_is_not_installed_is_named(tmp_path, monkeypatch):
     config = load(Config, None, [f"run={tmp_path}/run", "log.tensorboard=false", "log.wandb=mine"])
     with pytest.raises(ValueError, match=r"^log\.wandb: got 'mine', needs the package wandb, which is not installed$"):
         Logs(config, SimpleNamespace(first=True), 0)
+
+
+def test_the_inputs_of_a_graph_are_its_own():
+    frames = {f: ReferenceFrames.pyramid(4, 2) for f in (1, 2)}
+    inputs = Inputs(Conditioned(torch.ones(2), torch.ones(1).expand(3), None, torch.ones(1)), _draw(1.0), frames)
+    own = cloned(inputs)
+    assert signature(own) == signature(inputs)
+    assert signature(own) != signature(dataclasses.replace(inputs, own=_draw(0.0)))
+    tensors = [(a, b) for a, b in zip(leaves(own), leaves(inputs), strict=True) if isinstance(a, torch.Tensor)]
+    assert len(tensors) == 3 + 4 + 2 * 3
+    assert all(torch.equal(a, b) and a.data_ptr() != b.data_ptr() and a.is_contiguous() for a, b in tensors)
+
+
+def _draw(image_weight: float) -> Draw:
+    return Draw(torch.zeros(2, dtype=torch.long), torch.zeros(2), torch.zeros(2), torch.ones(2), image_weight)

@@ -13,6 +13,7 @@ import sys
 import tempfile
 import time
 import warnings
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -23,6 +24,7 @@ import torch
 from train.config import Config, Model, asks_for_help, load
 from train.fsdp import Trainer
 from train.processes import processes
+from train.stages import plan
 
 FULL_SIZE = (
     "steps=1000000",
@@ -34,6 +36,8 @@ FULL_SIZE = (
     "streams.video.width=576",
     "log.tensorboard=false",
 )
+
+WARM_UP = 3  # steps of each kind: compiled and tuned, captured, replayed
 
 
 def measure(config: Config, seconds: float, out: Path | None) -> dict[str, float]:
@@ -50,13 +54,18 @@ def measure(config: Config, seconds: float, out: Path | None) -> dict[str, float
 
         count = sum(p.numel() for p in trainer.model.parameters())
         say(f"{count / 1e6:.1f}M parameters on {joined.world_size} ranks")
-        for step in range(2 + 2 * len(trainer.stage.tasks)):  # compiles and tunes; every task has probably come
-            loss = trainer.train_step().loss.item()
-            say(f"warm-up step {step}: loss {loss:.4f}")
+        seen: Counter[tuple[str, str]] = Counter()
+        kinds = sum(stream.share > 0 for stream in config.streams.values()) * len(trainer.stage.tasks)
+        while len(seen) < kinds or min(seen.values()) < WARM_UP:
+            choice = plan(trainer.stage, config.streams, config.seed, trainer.step)
+            seen[choice.stream, choice.task] += 1
+            step = trainer.train_step()
+            say(f"warm-up step {trainer.step}: {choice.stream}, {step.task}, loss {step.loss.item():.4f}")
         own = {"warm-up": time.perf_counter() - started, "parameters": count}
         if on_gpu:
             own["synchronisations"] = synchronisations(trainer)
             say(f"{own['synchronisations']} synchronisations with the device in a step")
+            torch.cuda.empty_cache()  # what the plain steps before the graphs have left
             torch.cuda.reset_peak_memory_stats()
         one = _timed(trainer, 2)
         count = max(3, int(seconds / one))
@@ -66,6 +75,7 @@ def measure(config: Config, seconds: float, out: Path | None) -> dict[str, float
             trainer.processes.stopping()
         report = trainer.meter.report(trainer.optimizer.skipped) | own
         say(f"{count} steps: " + "  ".join(f"{name} {value:.4g}" for name, value in report.items()))
+        trainer.close()
         if out is not None and joined.first:
             out.write_text(json.dumps(report))
         return report
@@ -93,11 +103,11 @@ def synchronisations(trainer: Trainer) -> int:
     return len(found)
 
 
-def scaling(counts: Sequence[int], arguments: Sequence[str]) -> None:
-    """The same command on more and more GPUs, each with the same batch."""
+def scaling(counts: Sequence[int], arguments: Sequence[str]) -> list[float]:
+    """The same command on more and more GPUs, each with the same batch: the clips/s of a GPU."""
     if torch.cuda.is_available():
         subprocess.run(["nvidia-smi", "topo", "-m"], check=False)
-    rates = []
+    rates: list[float] = []
     for count in counts:
         with tempfile.TemporaryDirectory() as folder:
             out = Path(folder) / "report.json"
@@ -105,6 +115,7 @@ def scaling(counts: Sequence[int], arguments: Sequence[str]) -> None:
             subprocess.run([*command, __file__, *arguments, f"out={out}"], check=True)
             rates.append(json.loads(out.read_text())["clips/s"] / count)
         print(f"{count} GPUs: {rates[-1]:.3f} clips/s each, {rates[-1] / rates[0]:.1%} of {counts[0]}", flush=True)
+    return rates
 
 
 def main(arguments: Sequence[str]) -> int:

@@ -11,7 +11,8 @@ import json
 import os
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # the folder that holds univid/ and train/
@@ -26,13 +27,23 @@ from train.data import Conditioned, Encoder, open_source
 from train.diffusion import Diffusion
 from train.export import pipeline_of, write_history
 from train.flops import forward_flops
+from train.graphs import StepGraphs
 from train.log import Logs, Meter, Step
 from train.optimizer import ShardedAdamW, learning_rate
 from train.parts import Parts
 from train.processes import Processes, processes
 from train.sharding import Denoiser, checkpoint_activations, compile_blocks, materialise, shard
-from train.stages import STAGES, Plan, draw, plan, reference_frames
+from train.stages import STAGES, Draw, Frames, draw, plan, reference_frames
 from train.validation import averaged, validate
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """All that a step's loss is made of, beside the weights."""
+
+    sample: Conditioned
+    own: Draw
+    refs: Frames
 
 
 class Trainer:
@@ -64,6 +75,9 @@ class Trainer:
 
         self.diffusion = Diffusion(self.parts.scheduler, device, config.optimizer.min_snr)
         self.optimizer = ShardedAdamW(self.model, config.optimizer, processes.shard_group)
+        self.backward: Callable[[Inputs], torch.Tensor] = self.plain_backward
+        if on_gpu and config.compute.cuda_graphs:
+            self.backward = StepGraphs(self.plain_backward, self.optimizer.shards, processes.mesh)
         trial = all(stream.source == "random" for stream in config.streams.values())
         self.encoder = Encoder(self.parts, device, unet.context_dim, trial)
         self.sources = {
@@ -98,9 +112,9 @@ class Trainer:
             batch = self.sources[choice.stream].next()
             waited += time.perf_counter() - before
             sample = self.encoder(batch, choice.task)
-            part_loss = self.loss(sample, batch.keys, choice, part) / config.accumulate
-            part_loss.backward()
-            loss += part_loss.detach()
+            own = draw(choice.task, batch.keys, sample.latents, self.diffusion.steps, self.config.seed, self.step, part)
+            refs = reference_frames(self.model.unet, sample.latents.shape[1], choice.generator, own.t.device)
+            loss += self.backward(Inputs(sample, own, refs))
             keys += batch.keys
             flops += 3 * len(batch.keys) * forward_flops(self.model.unet.config, sample)
         lr = learning_rate(config, self.step, self.config.steps)
@@ -108,21 +122,18 @@ class Trainer:
         self.step += 1
         return Step(choice.task, keys, loss, norm, len(keys), flops, lr, waited)
 
-    def loss(self, sample: Conditioned, keys: Sequence[str], choice: Plan, part: int) -> torch.Tensor:
-        """The diffusion loss of a batch whose samples each draw their noise, and which conditions they see."""
-        own = draw(choice.task, keys, sample.latents, self.diffusion.steps, self.config.seed, self.step, part)
+    def plain_backward(self, inputs: Inputs) -> torch.Tensor:
+        """Add a part's gradients to the parameters'; its share of the step's loss."""
+        loss = self.loss(inputs.sample, inputs.own, inputs.refs) / self.config.optimizer.accumulate
+        loss.backward()
+        return loss.detach()
+
+    def loss(self, sample: Conditioned, own: Draw, refs: Frames) -> torch.Tensor:
+        """The diffusion loss of a batch whose samples each have drawn their noise, and which conditions they see."""
         x, target = self.diffusion.noisy(sample.latents, own.noise, own.t)
-        text = torch.where(own.empty_text[:, None, None], self.encoder.empty(len(keys)), sample.text)
-        prediction = self.model(
-            x,
-            own.t,
-            text,
-            sample.image,
-            text_weight=own.text_weight,
-            image_weight=own.image_weight,
-            fps=sample.fps,
-            refs=reference_frames(self.model.unet, x.shape[1], choice.generator, x.device),
-        )
+        text = torch.where(own.empty_text[:, None, None], self.encoder.empty(len(own.t)), sample.text)
+        weights = {"text_weight": own.text_weight, "image_weight": own.image_weight}
+        prediction = self.model(x, own.t, text, sample.image, **weights, fps=sample.fps, refs=refs)
         return self.diffusion.loss(prediction, target, own.t)
 
     # --- a run --------------------------------------------------------------------------------------------------------
@@ -146,10 +157,15 @@ class Trainer:
                 self.meter.pause(validate(self))
             self.checkpoints.check()
         self.checkpoints.wait()
+        self.close()
         if config.export:
             self.export(Path(config.export))
         if self.processes.first:
             print(f"{'stopped' if stopped else 'finished'} at step {self.step}", flush=True)
+
+    def close(self) -> None:
+        """Forget the graphs: NCCL takes no communicator apart that one of them uses."""
+        self.backward = self.plain_backward
 
     @property
     def device_name(self) -> str:

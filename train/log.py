@@ -82,7 +82,7 @@ class Meter:
         if self.datasheet:
             report["MFU"] = rate / self.datasheet
         if self.processes.device.type == "cuda":
-            report["memory GiB"] = torch.cuda.max_memory_allocated() / 2**30
+            report["memory GiB"] = torch.cuda.max_memory_reserved() / 2**30  # the graphs' too
         return report
 
     def _watch(self, steps: list[Step], norms: list[float], losses: list[float]) -> None:

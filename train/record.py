@@ -8,6 +8,7 @@ from __future__ import annotations
 import gc
 import json
 import re
+import subprocess
 import sys
 import tempfile
 from collections.abc import Sequence
@@ -24,6 +25,7 @@ RESULTS = Path(__file__).parent / "results"
 PAGE = ROOT / "docs" / "training.md"
 BEGIN, END = "<!-- measured -->", "<!-- /measured -->"
 CACHED_CLIPS = 64
+SCALING = "scaling"  # the case of two GPUs
 SECONDS = 6.0  # of each case, after its warm-up
 
 
@@ -101,6 +103,16 @@ def write_cache(folder: Path, config: Config) -> None:
             shard.add(f"{index:09}.json", json.dumps(about).encode())
 
 
+def scaling() -> dict[str, Any]:
+    """Full size from cached latents, on one GPU and on two."""
+    from train import bench
+
+    topology = subprocess.run(["nvidia-smi", "topo", "-m"], capture_output=True, text=True, check=True).stdout
+    link = next(line.split()[2] for line in topology.splitlines() if line.startswith("GPU0"))
+    one, two = bench.scaling((1, 2), ["stage=t2v", f"seconds={2 * SECONDS}"])
+    return {"link": link, "clips/s of one": round(one, 4), "clips/s of two, each": round(two, 4)}
+
+
 def record(names: Sequence[str]) -> Path:
     """Measure cases and put them into the file of this GPU."""
     from benchmarks.record import environment
@@ -110,9 +122,11 @@ def record(names: Sequence[str]) -> Path:
     rows = json.loads(path.read_text())["rows"] if path.is_file() else {}
     for name in names:
         print(f"--- {name}", flush=True)
-        rows[name] = measure(CASES[name]) | {"date": limits["date"]}
+        rows[name] = (scaling() if name == SCALING else measure(CASES[name])) | {"date": limits["date"]}
         path.parent.mkdir(exist_ok=True)
-        lines = ",\n".join(f"{json.dumps(name)}: {json.dumps(rows[name])}" for name in CASES if name in rows)
+        lines = ",\n".join(
+            f"{json.dumps(name)}: {json.dumps(rows[name])}" for name in (*CASES, SCALING) if name in rows
+        )
         path.write_text(json.dumps({"environment": limits}, indent=1)[:-2] + f',\n "rows": {{\n{lines}\n}}}}\n')
     return path
 
@@ -146,6 +160,12 @@ def table(path: Path) -> list[str]:
             f"{row['synchronisations']}",
         ]
         lines.append(f"| {row['title']} | {' | '.join(cells)} |")
+    if row := rows.get(SCALING):
+        one, two = row["clips/s of one"], row["clips/s of two, each"]
+        lines += [
+            "",
+            f"Two GPUs (link {row['link']}), full size: {two:.2f} clips/s each, {two / one:.1%} of the {one:.2f} of one.",
+        ]
     return lines
 
 
@@ -156,11 +176,12 @@ def write_page() -> None:
 
 
 def main(arguments: Sequence[str]) -> int:
-    if asks_for_help(arguments, f"{__doc__}\nCases: {', '.join(CASES)}"):
+    if asks_for_help(arguments, f"{__doc__}\nCases: {', '.join(CASES)}; {SCALING}, on two GPUs"):
         return 0
     names = [name for name in arguments if name != "--page"]
-    if unknown := [name for name in names if name not in CASES]:
-        print(f"record: got case {unknown[0]!r}, needs one of {', '.join(CASES)}", file=sys.stderr)
+    known = (*CASES, SCALING)
+    if unknown := [name for name in names if name not in known]:
+        print(f"record: got case {unknown[0]!r}, needs one of {', '.join(known)}", file=sys.stderr)
         return 2
     if "--page" not in arguments:
         print(record(names or list(CASES)))
