@@ -32,7 +32,9 @@ class DeviceGuard {
  public:
   explicit DeviceGuard(int device) : device_(device) {
     check(cudaGetDevice(&former_), "cudaGetDevice");
-    if (former_ != device_) check(cudaSetDevice(device_), "cudaSetDevice");
+    // Also where it is current: a thread's first call makes the device's context the thread's, which the driver's
+    // functions need (cuTensorMapEncodeTiled).
+    check(cudaSetDevice(device_), "cudaSetDevice");
   }
   ~DeviceGuard() {
     if (former_ != device_) cudaSetDevice(former_);

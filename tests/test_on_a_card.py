@@ -408,6 +408,21 @@ def test_another_stream(case, backend):
 
 
 @pytest.mark.gpu
+@with_kernels(OPERATORS)
+def test_the_first_call_of_a_thread(case, backend):
+    """Where nothing before it has made the device's context the thread's: memory comes from what lies ready."""
+    inputs = on_card(case, backend=backend)
+    expected = apply(case, inputs, backend=backend)
+    ready = torch.empty_like(expected)
+    torch.cuda.synchronize()
+    del ready
+    (result,) = in_threads(1, lambda _: apply(case, inputs, backend=backend))
+    torch.cuda.synchronize()
+    assert isinstance(result, Tensor), result
+    assert torch.equal(result, expected)
+
+
+@pytest.mark.gpu
 @with_kernels(["pyramid", "temporal"])
 def test_threads_that_compile(case, backend):
     """The first calls with a head dimension come from four threads at once, each on its stream."""
