@@ -8,6 +8,7 @@ scales; that is started with python, not torchrun.
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 import tempfile
@@ -123,17 +124,30 @@ def main(arguments: Sequence[str]) -> int:
         return 0
     own = dict(a.split("=", 1) for a in arguments if a.startswith(("seconds=", "out=", "processes=")))
     rest = [a for a in arguments if a.split("=", 1)[0] not in own]
-    if "processes" in own:
-        scaling([int(n) for n in own["processes"].split(",")], [a for a in arguments if not a.startswith("processes=")])
-        return 0
+    try:
+        seconds = need_numbers("seconds", own.get("seconds", "20"))[0]
+        counts = need_numbers("processes", own.get("processes", "1"))
+        if "processes" in own:
+            scaling([int(n) for n in counts], [a for a in arguments if not a.startswith("processes=")])
+            return 0
+    except (ValueError, subprocess.CalledProcessError) as error:
+        print(f"bench: {error}", file=sys.stderr)
+        return 2
     with tempfile.TemporaryDirectory() as run:
         try:
             config = load(Config, None, [*FULL_SIZE, f"run={run}", *rest])
         except ValueError as error:
             print(f"bench: {error}", file=sys.stderr)
             return 2
-        measure(config, float(own.get("seconds", 20)), Path(own["out"]) if "out" in own else None)
+        measure(config, seconds, Path(own["out"]) if "out" in own else None)
     return 0
+
+
+def need_numbers(name: str, text: str) -> list[float]:
+    """Of a list such as ``1,2``. Raises ValueError."""
+    if not re.fullmatch(r"\d+(\.\d+)?(,\d+)*", text) or not min(numbers := [float(n) for n in text.split(",")]):
+        raise ValueError(f"{name}: got {text!r}, needs numbers > 0")
+    return numbers
 
 
 if __name__ == "__main__":

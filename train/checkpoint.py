@@ -10,7 +10,8 @@ import json
 import os
 import shutil
 import threading
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from train.optimizer import ShardedAdamW
 from train.processes import Processes
 from train.sharding import Shard, local_shards
+from univid.data.tensors import read_json
 
 STATE = "state.json"
 PARTIAL = ".partial"
@@ -92,9 +94,10 @@ class Checkpoints:
             raise OSError(f"checkpoint: cannot write to {self.folder}: {_cause(error)}") from None
 
     def load(self, path: Path) -> dict[str, Any]:
-        """Read a checkpoint into model, average and optimizer; its ``state``."""
+        """Read a checkpoint into model, average and optimizer; its ``state``. Raises ValueError: it is damaged."""
         tensors = self._copy()
-        dcp.load(tensors, storage_reader=FileSystemReader(path), process_group=self.group)
+        with whole(path):
+            dcp.load(tensors, storage_reader=FileSystemReader(path), process_group=self.group)
         with torch.no_grad():
             for kind, shards in self.shards.items():
                 for shard, local in shards:
@@ -156,8 +159,19 @@ class Writer(FileSystemWriter):
             raise next((cause for cause in causes if isinstance(cause, OSError)), error) from None
 
 
+@contextmanager
+def whole(path: Path) -> Iterator[None]:
+    """What torch.distributed.checkpoint finds damaged, in one line."""
+    try:
+        yield
+    except (Exception, CheckpointException) as error:
+        raise ValueError(
+            f"run: the checkpoint {path} is damaged ({_cause(error)}); without that folder the one before it is the last"
+        ) from None
+
+
 def read_state(path: Path) -> dict[str, Any]:
-    return json.loads((path / STATE).read_text())
+    return read_json(path / STATE)
 
 
 def check_architecture(path: Path, identity: Mapping[str, Any]) -> None:
@@ -169,7 +183,7 @@ def check_architecture(path: Path, identity: Mapping[str, Any]) -> None:
         if there == here:
             continue
         if isinstance(here, dict) and isinstance(there, dict):
-            key = next(name for name in here if here[name] != there.get(name))
+            key = next(name for name in (*here, *there) if here.get(name) != there.get(name))
             here, there = here.get(key), there.get(key)
         raise ValueError(f"run: {path} has {key} = {there!r}, this configuration {here!r}; another run's folder needed")
 

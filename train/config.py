@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import json
+import math
+import re
 import signal
 import sys
 import tomllib
@@ -22,6 +24,11 @@ C = TypeVar("C")
 def need(name: str, got: Any, ok: bool, needs: str) -> None:
     if not ok:
         raise ValueError(f"{name}: got {got!r}, needs {needs}")
+
+
+def need_at_least(least: int, config: Any, *names: str) -> None:
+    for name in names:
+        need(name, getattr(config, name), getattr(config, name) >= least, f"a number >= {least}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,18 +52,31 @@ class Stream:
     num_frames: int = 16  # T; 1: images
     height: int = 64
     width: int = 64
+    sizes: tuple[
+        str, ...
+    ] = ()  # of files, such as "320x576": aspect buckets, of which each batch has one; (): the one size
     fps: float = 8.0
     workers: int = 4  # of files: processes that read
+    max_skipped: float = 0.1  # of files: the part of a rank's clips that may be broken
     min_score: dict[str, float] = field(default_factory=dict)  # of files: the least value by field, as of DataConfig
     pool: int = 0  # of "shapes": clips that are rendered and encoded once and kept on the device; 0: each is new
     first: int = 0  # of "shapes": the number of the first clip, by which one run sees other clips than another
 
     def __post_init__(self) -> None:
-        need("share", self.share, self.share >= 0, "a number >= 0")
-        for name in ("batch_size", "num_frames", "height", "width"):
-            need(name, getattr(self, name), getattr(self, name) >= 1, "a number >= 1")
-        for name in ("pool", "first"):
-            need(name, getattr(self, name), getattr(self, name) >= 0, "a number >= 0")
+        need_at_least(1, self, "batch_size", "num_frames", "height", "width")
+        need_at_least(0, self, "share", "workers", "pool", "first")
+        need("fps", self.fps, self.fps > 0, "a number > 0")
+        need("max_skipped", self.max_skipped, 0 <= self.max_skipped <= 1, "a number in [0, 1]")
+        for size in self.sizes:
+            need("sizes", size, re.fullmatch(r"[1-9]\d*x[1-9]\d*", size) is not None, "HEIGHTxWIDTH, such as 320x576")
+        files = self.source not in ("shapes", "random")
+        need("sizes", self.sizes, files or not self.sizes, "files as the source")
+
+    @property
+    def buckets(self) -> tuple[tuple[int, int], ...]:
+        """(H, W) of its batches."""
+        chosen = tuple((int(h), int(w)) for h, w in (size.split("x") for size in self.sizes))
+        return chosen or ((self.height, self.width),)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,10 +97,13 @@ class Optimizer:
     max_skipped: int = 20  # steps in a row with a gradient that is not finite, after which training stops
 
     def __post_init__(self) -> None:
-        need("lr", self.lr, self.lr > 0, "a number > 0")
-        need("accumulate", self.accumulate, self.accumulate >= 1, "a number >= 1")
-        need("max_skipped", self.max_skipped, self.max_skipped >= 1, "a number >= 1")
-        need("ema", self.ema, 0 <= self.ema < 1, "a number in [0, 1)")
+        for name in ("lr", "eps", "clip_norm"):
+            need(name, getattr(self, name), getattr(self, name) > 0, "a number > 0")
+        need_at_least(0, self, "warmup", "weight_decay", "min_snr")
+        need_at_least(1, self, "accumulate", "max_skipped")
+        for name in ("beta1", "beta2", "ema"):
+            need(name, getattr(self, name), 0 <= getattr(self, name) < 1, "a number in [0, 1)")
+        need("final", self.final, 0 <= self.final <= 1, "a number in [0, 1]")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,6 +114,9 @@ class Compute:
     activation_checkpointing: bool = False  # blocks are computed again in the backward, all but their attention
     replicas: int = 0  # copies of the shards; 0: one a node
 
+    def __post_init__(self) -> None:
+        need_at_least(0, self, "replicas")
+
 
 @dataclass(frozen=True, kw_only=True)
 class Checkpoints:
@@ -98,8 +124,7 @@ class Checkpoints:
     keep: int = 3
 
     def __post_init__(self) -> None:
-        need("every", self.every, self.every >= 1, "a number >= 1")
-        need("keep", self.keep, self.keep >= 1, "a number >= 1")
+        need_at_least(1, self, "every", "keep")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -107,6 +132,9 @@ class Log:
     every: int = 50  # steps
     tensorboard: bool = True
     wandb: str = ""  # a project of Weights & Biases
+
+    def __post_init__(self) -> None:
+        need_at_least(1, self, "every")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -119,6 +147,8 @@ class Validation:
     steps: int = 25
 
     def __post_init__(self) -> None:
+        need_at_least(0, self, "every")
+        need_at_least(1, self, "steps")
         fits = len(self.images) in (0, len(self.prompts))
         need("images", self.images, fits, f"none, or one for each of {len(self.prompts)} prompts")
 
@@ -140,7 +170,8 @@ class Config:
     validation: Validation = Validation()
 
     def __post_init__(self) -> None:
-        need("seconds", self.seconds, self.seconds >= 0, "a number >= 0")
+        need_at_least(1, self, "steps")
+        need_at_least(0, self, "seconds")
         total = sum(stream.share for stream in self.streams.values())
         need("streams", {n: s.share for n, s in self.streams.items()}, total > 0, "a share > 0")
 
@@ -218,6 +249,9 @@ def command(
     except (ValueError, OSError) as error:
         print(f"{name}: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print(f"{name}: interrupted", file=sys.stderr)
+        return 130
     return 0
 
 
@@ -265,6 +299,8 @@ def _value(kind: Any, value: Any, key: str) -> Any:
         return _value(kind, value, key)
     if kind is float and type(value) is int:
         return float(value)
+    if isinstance(value, float) and not math.isfinite(value):
+        raise ValueError(f"{key}: got {value}, needs a finite number")
     if isinstance(kind, type) and type(value) is kind:
         return value
     needs = " or ".join(map(repr, arguments)) if origin is Literal else _name(kind)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Literal, Protocol
 
@@ -14,6 +15,7 @@ from train.processes import Processes
 from train.sharding import stable_seed
 from train.stages import to_device
 from univid.data.batch import Batch
+from univid.data.cache import Cached
 from univid.data.dataset import DataConfig, open_dataset
 from univid.data.loader import Loader
 from univid.model import UNetConfig
@@ -23,6 +25,11 @@ POOLED = ("fps", "latents", "text", "image")
 
 class Source(Protocol):
     """Endless batches of this rank; its state is of all ranks together, and holds for any number of them."""
+
+    @property
+    def skipped(self) -> int:
+        """Broken clips that this rank has met."""
+        ...
 
     def next(self) -> Batch: ...
     def state_dict(self) -> dict[str, Any]: ...
@@ -37,16 +44,19 @@ def open_source(
         return RandomLatents(stream, config, encoder, processes)
     if stream.source == "shapes":
         return RenderedShapes(stream, encoder, processes, stable_seed(seed, name))
-    size = (stream.height, stream.width)
     files = DataConfig(
         paths=(stream.source,),
         num_frames=stream.num_frames,
-        sizes=(size,),
+        sizes=stream.buckets,
         fps=stream.fps,
         min_score=stream.min_score,
     )
     with processes.first_before_others():  # it writes the indices that the others read
         dataset = open_dataset(files, encoder.parts.fingerprint)
+    if isinstance(dataset, Cached) and encoder.parts.folder is None and not dataset.random:
+        raise ValueError(
+            f"streams.{name}.source: {stream.source} is a cache, needs the folder of the VAE and CLIP that made it: model.frozen"
+        )
     return Loader(
         dataset,
         stream.batch_size,
@@ -54,11 +64,30 @@ def open_source(
         world_size=processes.world_size,
         seed=stable_seed(seed, name),
         workers=stream.workers,
+        max_skipped=stream.max_skipped,
     )
+
+
+def check_streams(streams: Mapping[str, Stream], config: UNetConfig, factor: int) -> None:
+    """Raises ValueError: clips that the U-Net does not take. ``factor``: pixels along the side of a latent."""
+    unit = factor * config.factors[-1]
+    for name, stream in streams.items():
+        if stream.num_frames > config.max_frames:
+            raise ValueError(
+                f"streams.{name}.num_frames: got {stream.num_frames}, needs at most the U-Net's max_frames = {config.max_frames}"
+            )
+        for size in stream.buckets:
+            if any(side % unit for side in size):
+                nearest = "x".join(str(max(1, round(side / unit)) * unit) for side in size)
+                raise ValueError(
+                    f"streams.{name}: got {size[0]}x{size[1]}, needs multiples of {unit}, of which {nearest} is the nearest"
+                )
 
 
 class _Counted:
     """A source of samples that are numbered: the ranks take turns of a batch each."""
+
+    skipped = 0
 
     def __init__(self, stream: Stream, processes: Processes):
         self.stream, self.processes = stream, processes
@@ -180,7 +209,7 @@ class Encoder:
     @property
     def factor(self) -> int:
         """Pixels along the side of a latent."""
-        return 8 if self.trial else self.parts.vae.factor
+        return 8 if self.trial else self.parts.factor
 
     def __call__(self, batch: Batch, task: str) -> Conditioned:
         return Conditioned(

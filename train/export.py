@@ -21,7 +21,7 @@ import torch.distributed.checkpoint as dcp
 from safetensors import SafetensorError
 from torch import Tensor
 
-from train.checkpoint import checkpoints, read_state
+from train.checkpoint import checkpoints, read_state, whole
 from train.config import Config, asks_for_help, load
 from train.parts import Parts
 from train.sharding import Denoiser
@@ -89,11 +89,12 @@ def write_history(out: Path, config: Config, piece: dict[str, Any]) -> None:
 def read_weights(checkpoint: Path, kind: str) -> dict[str, Tensor]:
     """Whole tensors, in this one process: of the average where there is one (what is not trained has none)."""
     reader = dcp.FileSystemReader(checkpoint)
-    stored: Any = reader.read_metadata().state_dict_metadata
+    with whole(checkpoint):
+        stored: Any = reader.read_metadata().state_dict_metadata
     names = [name.removeprefix("model.") for name in stored if name.startswith("model.")]
     keys = {name: f"{kind}.{name}" if f"{kind}.{name}" in stored else f"model.{name}" for name in names}
     tensors = {key: torch.empty(stored[key].size) for key in keys.values()}
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), whole(checkpoint):
         warnings.filterwarnings("ignore", "torch.distributed is")  # disabled, as it should be
         dcp.load(tensors, storage_reader=reader, no_dist=True)
     return {name: tensors[key] for name, key in keys.items()}

@@ -23,7 +23,7 @@ from safetensors import SafetensorError
 
 from train.checkpoint import Checkpoints, check_architecture
 from train.config import CONFIGS, Config, asks_for_help, load
-from train.data import Conditioned, Encoder, open_source
+from train.data import Conditioned, Encoder, check_streams, open_source
 from train.diffusion import Diffusion
 from train.export import pipeline_of, write_history
 from train.flops import forward_flops
@@ -61,6 +61,11 @@ class Trainer:
         self.parts = Parts(config.model, self.dtype, device)
         whole = self.parts.whole()
         unet = whole.unet.config
+        trial = all(stream.source == "random" for stream in config.streams.values())
+        self.encoder = Encoder(self.parts, device, unet.context_dim, trial)
+        check_streams(config.streams, unet, self.encoder.factor)
+        if any(stream.source == "shapes" for stream in config.streams.values()) or config.model.frozen:
+            self.parts.check_fits(unet)
 
         with torch.device("meta"):
             self.model = Denoiser(unet).train()
@@ -68,7 +73,8 @@ class Trainer:
         if config.compute.activation_checkpointing:
             checkpoint_activations(self.model)
         if config.compute.compile != "none":
-            compile_blocks(self.model, config.compute.compile, len(config.streams) * len(self.stage.tasks))
+            kinds = sum(len(stream.buckets) for stream in config.streams.values())
+            compile_blocks(self.model, config.compute.compile, kinds * len(self.stage.tasks))
         shard(self.model, processes.mesh, self.dtype)
         materialise(self.model, device, whole, config.seed)
         del whole
@@ -78,8 +84,6 @@ class Trainer:
         self.backward: Callable[[Inputs], torch.Tensor] = self.plain_backward
         if on_gpu and config.compute.cuda_graphs:
             self.backward = StepGraphs(self.plain_backward, self.optimizer.shards, processes.mesh)
-        trial = all(stream.source == "random" for stream in config.streams.values())
-        self.encoder = Encoder(self.parts, device, unet.context_dim, trial)
         self.sources = {
             name: open_source(name, stream, unet, self.encoder, processes, config.seed)
             for name, stream in config.streams.items()
@@ -87,7 +91,11 @@ class Trainer:
         self.meter = Meter(config, processes, self.dtype)
         self.step = 0
 
-        self.identity = {"stage": config.stage, "unet": dataclasses.asdict(dataclasses.replace(unet, backend=None))}
+        self.identity = {
+            "stage": config.stage,
+            "unet": dataclasses.asdict(dataclasses.replace(unet, backend=None)),
+            "streams": {name: type(source).__name__ for name, source in self.sources.items()},
+        }
         self.checkpoints = Checkpoints(
             Path(config.run) / "checkpoints", self.model, self.optimizer, processes, config.checkpoints.keep
         )
@@ -96,8 +104,7 @@ class Trainer:
             state = self.checkpoints.load(last)
             self.step = state["step"]
             for name, source in self.sources.items():
-                if name in state["sources"]:
-                    source.load_state_dict(state["sources"][name])
+                source.load_state_dict(state["sources"][name])
         self.logs = Logs(config, processes, self.step)
 
     # --- a step -------------------------------------------------------------------------------------------------------
@@ -150,7 +157,7 @@ class Trainer:
             stopped = self.processes.stopping()
             last = stopped or self.step == config.steps
             if last or self.step % config.log.every == 0 or self.step == first:
-                self.logs.write(self.step, self.meter.report(self.optimizer.skipped))
+                self.logs.write(self.step, self.meter.report(self.optimizer.skipped) | self.broken())
             if last or self.step % config.checkpoints.every == 0:
                 self.save()
             if config.validation.every and not stopped and self.step % config.validation.every == 0:
@@ -171,6 +178,11 @@ class Trainer:
     def device_name(self) -> str:
         device = self.processes.device
         return torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
+
+    def broken(self) -> dict[str, float]:
+        """Clips that could not be read, on all ranks, if there are any; each has been named when it was met."""
+        count = sum(self.processes.gather(sum(source.skipped for source in self.sources.values())))
+        return {"broken clips": count} if count else {}
 
     def introduce(self) -> None:
         count = sum(parameter.numel() for parameter in self.model.parameters())
@@ -221,6 +233,9 @@ def main(arguments: Sequence[str]) -> int:
         lost = "another rank has ended: " if isinstance(error, dist.DistError) or "peer" in str(error) else ""
         print(f"{rank}{lost}{type(error).__name__}: {error}", file=sys.stderr, flush=True)
         return 1
+    except KeyboardInterrupt:
+        print("interrupted: the run goes on from its last checkpoint", file=sys.stderr, flush=True)
+        return 130
     return 0
 
 

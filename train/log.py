@@ -112,6 +112,7 @@ def line(step: int, report: Mapping[str, float]) -> str:
     speed += f", MFU {report['MFU']:.1%})" if "MFU" in report else ")"
     memory = f"  {report['memory GiB']:.1f} GiB" if "memory GiB" in report else ""
     skipped = f"  skipped {report['skipped']:.0f}" if report["skipped"] else ""
+    skipped += f"  broken clips {report['broken clips']:.0f}" if "broken clips" in report else ""
     return (
         f"step {step}  loss {report['loss']:.4f} ({tasks})  norm {report['norm']:.3f}  lr {report['lr']:.2e}  "
         f"{report['clips/s']:.1f} clips/s  {speed}{memory}  data {report['data wait']:.1%}{skipped}"

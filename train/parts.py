@@ -13,6 +13,7 @@ from train.config import Model
 from train.sharding import Denoiser
 from univid.checkpoint import find
 from univid.data.cache import fingerprint
+from univid.data.tensors import read_json
 from univid.model import ImageAdapter, UNet, UNetConfig
 
 if TYPE_CHECKING:  # diffusers and open_clip take seconds to import, and training from a cache needs neither
@@ -65,6 +66,33 @@ class Parts:
         if self.model.start:
             return find(self.model.start, "model.start")
         return find(self.model.frozen, "model.frozen") if self.model.frozen else None
+
+    @cached_property
+    def factor(self) -> int:
+        """Pixels along the side of a latent."""
+        if self.folder is None:
+            return self._untrained.vae.factor
+        return 2 ** (len(read_json(self.folder / "vae" / "config.json").get("block_out_channels", [0])) - 1)
+
+    def check_fits(self, unet: UNetConfig) -> None:
+        """Raises ValueError: the frozen parts are of another size than this U-Net was built for."""
+        if self.model.sd21 or self.model.start:
+            return  # they come from one folder
+        if self.folder is None:
+            shapes = UNetConfig.load("shapes")
+            have = {name: getattr(shapes, name) for name in ("in_channels", "context_dim", "image_dim")}
+            whose = "none, and untrained ones with"
+        else:
+            towers = read_json(self.folder / "clip" / "open_clip_config.json").get("model_cfg") or {}
+            have = {
+                "in_channels": read_json(self.folder / "vae" / "config.json").get("latent_channels", 4),
+                "context_dim": towers.get("text_cfg", {}).get("width"),
+                "image_dim": towers.get("vision_cfg", {}).get("width"),
+            }
+            whose = f"{self.model.frozen!r} with"
+        for name, got in have.items():
+            if got != (needed := getattr(unet, name)):
+                raise ValueError(f"model.frozen: got {whose} {name} = {got}, needs {needed}, as the U-Net")
 
     @cached_property
     def fingerprint(self) -> dict[str, str] | None:

@@ -76,6 +76,7 @@ class Cached:
                     )
             if header["num_frames"] < num_frames:
                 raise ValueError(f"num_frames: got {num_frames}; {path} has {header['num_frames']} of each clip")
+        self.random = first is not None and first["vae"] == "random"  # of no model: to measure speed
         if not len(keep):
             raise ValueError(f"data: {source.paths[0]} and others: the cache holds no clips")
         shape = np.stack([source.listing.numbers[name][keep] for name in ("height", "width")], 1).astype(int)

@@ -108,7 +108,10 @@ class UNetConfig:
         unknown = [key for key in choices if key not in cls.__dataclass_fields__]
         if unknown:
             raise ValueError(f"{source}: unknown key {', '.join(map(repr, unknown))}")
-        return cls(**choices)
+        try:
+            return cls(**choices)
+        except TypeError as error:
+            raise ValueError(f"{source}: {error}") from None
 
     # --- diffusers' config.json ---------------------------------------------------------------------------------------
 
