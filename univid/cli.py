@@ -274,7 +274,11 @@ def _parser() -> argparse.ArgumentParser:
     )
     test.add_argument("checkpoint", metavar="CHECKPOINT", help="its folder, or the name of one that ships")
     test.add_argument("-o", "--output", default="judge.json", help="what was found (default: judge.json)")
-    test.add_argument("--sets", default="t2v,i2v,ti2v,sweep", help="which (default: t2v,i2v,ti2v,sweep)")
+    test.add_argument(
+        "--sets",
+        default="t2v,i2v,ti2v,sweep",
+        help="which (default: t2v,i2v,ti2v,sweep); true: the judge itself, on true clips and on the autoencoder's copies",
+    )
     test.add_argument("--count", type=int, default=500, metavar="N", help="clips of each set (default: 500)")
     test.add_argument("--pairs", type=int, default=200, metavar="N", help="of the sweeps (default: 200)")
     test.add_argument("--batch", type=int, default=50, metavar="N", help="clips at a time (default: 50)")
