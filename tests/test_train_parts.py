@@ -355,6 +355,31 @@ def test_steps_in_a_row_are_watched_one_by_one():
         meter._watch(steps[:2], [math.inf, 1.0], [math.nan, 1.0])
 
 
+def test_tensorboard_and_wandb_get_the_log_s_numbers(tmp_path, monkeypatch):
+    seen = []
+
+    class SummaryWriter:
+        def __init__(self, folder, purge_step):
+            assert (folder, purge_step) == (tmp_path / "run" / "tensorboard", 3)
+
+        def add_scalar(self, name, value, step):
+            seen.append(("tensorboard", name, value, step))
+
+    run = SimpleNamespace(log=lambda numbers, step: seen.extend(("wandb", *item, step) for item in numbers.items()))
+    wandb = SimpleNamespace(init=lambda **options: run if options["project"] == "mine" else None)
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", SimpleNamespace(SummaryWriter=SummaryWriter))
+    monkeypatch.setitem(sys.modules, "wandb", wandb)
+    config = load(Config, None, [f"run={tmp_path}/run", "log.wandb=mine"])
+    with processes(device="cpu") as joined:
+        logs = Logs(config, joined, 2)
+        report = {"loss": 0.5, "norm": 2.0, "lr": 1e-3, "clips/s": 3.0, "TFLOP/s": 1.0, "of matrix rate": 0.1}
+        report |= {"skipped": 1, "data wait": 0.0, "broken clips": 4}
+        logs.write(3, report)
+    assert sorted(seen) == sorted((to, *item, 3) for to in ("tensorboard", "wandb") for item in report.items())
+    (line,) = (tmp_path / "run" / FILE).read_text().splitlines()
+    assert json.loads(line) == {"step": 3, **report}
+
+
 def test_wandb_that_is_not_installed_is_named(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "wandb", None)
     config = load(Config, None, [f"run={tmp_path}/run", "log.tensorboard=false", "log.wandb=mine"])
