@@ -68,13 +68,13 @@ def test_sweep(model, picture, tmp_path):
         "--steps",
         "1",
         "--sweep",
-        "0,0.5,1,1:1,0.2:2",
+        "0,0.5,1,1:1,0.2:2,2,0.3",
     ]
     assert main(["generate", "a cat", *arguments]) == 0
     frames, _ = read_video(output)
-    assert frames.shape == (3, 2 * (16 + 20), 4 * 32, 3)
-    assert np.median(frames[:, 36 + 8 :, 32 + 8 :]) > 250  # one video in the second row
-    labels = frames[:, :18].astype(int)
+    assert frames.shape == (3, 2 * (16 + 28), 4 * 32, 3)
+    assert np.median(frames[:, 44 + 8 :, 3 * 32 + 8 :]) > 250  # three videos in the second row
+    labels = frames[:, :26].astype(int)
     assert labels.min() < 128 < 200 < labels.max()
 
 
@@ -84,7 +84,7 @@ def test_sweep_goes_from_the_image_to_the_text(model, picture, tmp_path):
     grid = tmp_path / "grid"
     assert main([*arguments, "-o", str(grid), "--sweep", "0.2:2,1"]) == 0
     read = lambda folder: np.stack([np.asarray(Image.open(path)) for path in sorted(folder.iterdir())])  # noqa: E731
-    cells = np.split(read(grid)[:, 20:], 2, axis=2)
+    cells = np.split(read(grid)[:, 28:], 2, axis=2)
     for cell, (text, image) in zip(cells, (("0.2", "2"), ("1", "0")), strict=True):
         made = []
         for weights in ((text, image), (image, text)):

@@ -149,7 +149,11 @@ def test_compiled_blocks_compute_the_same(card, tmp_path):
 
 
 @pytest.mark.filterwarnings("ignore:.*does not have a deterministic implementation")
-@pytest.mark.parametrize("more", [(), ("compute.activation_checkpointing=true",)], ids=["plain", "checkpointed"])
+@pytest.mark.parametrize(
+    "more",
+    [(), ("compute.activation_checkpointing=true",), ("compute.compile=inductor",)],
+    ids=["plain", "checkpointed", "compiled"],
+)
 def test_replayed_steps_are_plain_ones(card, tmp_path, deterministic, monkeypatch, more):
     """Bit for bit: streams of clips and images, all tasks, two parts a step."""
 

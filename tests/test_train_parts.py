@@ -74,6 +74,22 @@ def test_arguments_count_over_the_file(tmp_path):
         ("optimizer=3", "optimizer: got 3, needs a table"),
         ("optimizer.lr=0", "lr: got 0.0, needs a number > 0"),
         ("optimizer.lr", "arguments: got 'optimizer.lr', needs key=value"),
+        ("optimizer.lr=nan", "optimizer.lr: got nan, needs a finite number"),
+        ("seconds=inf", "seconds: got inf, needs a finite number"),
+        ("steps=-3", "steps: got -3, needs a number >= 1"),
+        ("log.every=0", "every: got 0, needs a number >= 1"),
+        ("validation.every=-1", "every: got -1, needs a number >= 0"),
+        ("optimizer.warmup=-3", "warmup: got -3, needs a number >= 0"),
+        ("optimizer.clip_norm=0", "clip_norm: got 0.0, needs a number > 0"),
+        ("optimizer.beta2=1", r"beta2: got 1.0, needs a number in \[0, 1\)"),
+        ("optimizer.final=2", r"final: got 2.0, needs a number in \[0, 1\]"),
+        ("compute.replicas=-1", "replicas: got -1, needs a number >= 0"),
+        ("streams.video=3", "streams.video: got 3, needs a table"),
+        ("streams.video.fps=0", "fps: got 0.0, needs a number > 0"),
+        ("streams.video.workers=-1", "workers: got -1, needs a number >= 0"),
+        ("streams.video.max_skipped=2", r"max_skipped: got 2.0, needs a number in \[0, 1\]"),
+        ("streams.video.sizes=['32x64']", r"sizes: got \('32x64',\), needs files as the source"),
+        ("streams.video.sizes=['32']", "sizes: got '32', needs HEIGHTxWIDTH"),
         ("validation.images=['a.png']", "images: got .* needs none, or one for each of 0 prompts"),
     ],
 )
@@ -337,6 +353,31 @@ def test_steps_in_a_row_are_watched_one_by_one():
     meter._watch(steps, [1.0, math.nan, 1.0, math.nan], [1.0] * 4)  # no two in a row
     with pytest.raises(RuntimeError, match=r"2 steps in a row .*: clip 0$"):
         meter._watch(steps[:2], [math.inf, 1.0], [math.nan, 1.0])
+
+
+def test_tensorboard_and_wandb_get_the_log_s_numbers(tmp_path, monkeypatch):
+    seen = []
+
+    class SummaryWriter:
+        def __init__(self, folder, purge_step):
+            assert (folder, purge_step) == (tmp_path / "run" / "tensorboard", 3)
+
+        def add_scalar(self, name, value, step):
+            seen.append(("tensorboard", name, value, step))
+
+    run = SimpleNamespace(log=lambda numbers, step: seen.extend(("wandb", *item, step) for item in numbers.items()))
+    wandb = SimpleNamespace(init=lambda **options: run if options["project"] == "mine" else None)
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", SimpleNamespace(SummaryWriter=SummaryWriter))
+    monkeypatch.setitem(sys.modules, "wandb", wandb)
+    config = load(Config, None, [f"run={tmp_path}/run", "log.wandb=mine"])
+    with processes(device="cpu") as joined:
+        logs = Logs(config, joined, 2)
+        report = {"loss": 0.5, "norm": 2.0, "lr": 1e-3, "clips/s": 3.0, "TFLOP/s": 1.0, "of matrix rate": 0.1}
+        report |= {"skipped": 1, "data wait": 0.0, "broken clips": 4}
+        logs.write(3, report)
+    assert sorted(seen) == sorted((to, *item, 3) for to in ("tensorboard", "wandb") for item in report.items())
+    (line,) = (tmp_path / "run" / FILE).read_text().splitlines()
+    assert json.loads(line) == {"step": 3, **report}
 
 
 def test_wandb_that_is_not_installed_is_named(tmp_path, monkeypatch):

@@ -64,7 +64,8 @@ class Trainer:
         trial = all(stream.source == "random" for stream in config.streams.values())
         self.encoder = Encoder(self.parts, device, unet.context_dim, trial)
         check_streams(config.streams, unet, self.encoder.factor)
-        if any(stream.source == "shapes" for stream in config.streams.values()) or config.model.frozen:
+        rendered = any(stream.source == "shapes" for stream in config.streams.values())
+        if rendered or config.model.frozen and not trial:
             self.parts.check_fits(unet)
 
         with torch.device("meta"):

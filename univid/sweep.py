@@ -12,8 +12,9 @@ from PIL import Image, ImageDraw, ImageFont
 from univid.data.files import Frames, write_frames
 from univid.pipeline import UniVidPipeline
 
-_COLUMNS = 4  # at most
-_LABEL = 20  # pixels of the line above a video
+_COLUMNS = 6  # at most
+_LINE = 14  # pixels of a line of the label above a video
+_SIZES = (12, 11, 10, 9, 8, 7, 6)  # of its letters: the first that fits
 
 
 def sweep(pipe: UniVidPipeline, weights: Sequence[tuple[float, float]], settings: dict[str, Any], path: Path) -> Path:
@@ -22,27 +23,30 @@ def sweep(pipe: UniVidPipeline, weights: Sequence[tuple[float, float]], settings
     Args:
         settings: the other arguments of the pipeline's call; ``num_videos`` counts as 1.
     """
-    videos = []
-    for text, image in weights:
-        made = pipe(**settings | {"num_videos": 1}, text_weight=text, image_weight=image)
-        videos.append(_labelled(made.frames[0], f"text {text:g}, image {image:g}"))
-    return write_frames(grid(videos), path, made.fps)
+    made = [pipe(**settings | {"num_videos": 1}, text_weight=text, image_weight=image) for text, image in weights]
+    labels = [(f"text {text:g}", f"image {image:g}") for text, image in weights]
+    return write_frames(grid(labelled([each.frames[0] for each in made], labels)), path, made[0].fps)
 
 
 def grid(videos: Sequence[Frames]) -> Frames:
-    """Videos of one size ``(T, H, W, 3)`` side by side, in rows of equal length, white where one is missing."""
-    columns = min(_COLUMNS, len(videos))
+    """Videos of one size ``(T, H, W, 3)`` side by side, in as few rows as can be, of equal length; white where one is missing."""
+    columns = -(-len(videos) // -(-len(videos) // _COLUMNS))
     blank = [np.full_like(videos[0], 255)] * (-len(videos) % columns)
     rows = np.stack([*videos, *blank]).reshape(-1, columns, *videos[0].shape)
     return rows.transpose(2, 0, 3, 1, 4, 5).reshape(len(videos[0]), rows.shape[0] * rows.shape[3], -1, 3)
 
 
-def _labelled(frames: Frames, text: str) -> Frames:
-    """The frames under a line of text, in letters that fit their width."""
-    width = frames.shape[2]
-    line = Image.new("RGB", (width, _LABEL), "white")
-    size = 14
-    while size > 6 and ImageFont.load_default(size).getlength(text) > width - 4:
-        size -= 1
-    ImageDraw.Draw(line).text((2, _LABEL / 2), text, "black", ImageFont.load_default(size), anchor="lm")
-    return np.concatenate((np.broadcast_to(np.asarray(line), (len(frames), *line.size[::-1], 3)), frames), 1)
+def labelled(videos: Sequence[Frames], labels: Sequence[Sequence[str]]) -> list[Frames]:
+    """Each video under its words: a line for each, all in letters that fit the videos' width."""
+    width = videos[0].shape[2]
+    words = [word for label in labels for word in label]
+    fonts = [ImageFont.load_default(size) for size in _SIZES]
+    font = next((font for font in fonts if max(map(font.getlength, words)) <= width - 4), fonts[-1])
+    return [_under(video, label, font) for video, label in zip(videos, labels, strict=True)]
+
+
+def _under(video: Frames, words: Sequence[str], font: Any) -> Frames:
+    label = Image.new("RGB", (video.shape[2], _LINE * len(words)), "white")
+    for i, word in enumerate(words):
+        ImageDraw.Draw(label).text((2, _LINE * (i + 0.5)), word, "black", font, anchor="lm")
+    return np.concatenate((np.broadcast_to(np.asarray(label), (len(video), *label.size[::-1], 3)), video), 1)

@@ -100,7 +100,10 @@ class UNetConfig:
             choices = tomllib.loads(path.read_text())
         except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
             raise ValueError(f"config: {path} is not TOML: {error}") from None
-        return cls.of(choices, str(path))
+        try:
+            return cls.of(choices, str(path))
+        except TypeError as error:
+            raise ValueError(f"config: {path}: {error}") from None
 
     @classmethod
     def of(cls, choices: dict[str, Any], source: str = "config") -> UNetConfig:
@@ -108,10 +111,7 @@ class UNetConfig:
         unknown = [key for key in choices if key not in cls.__dataclass_fields__]
         if unknown:
             raise ValueError(f"{source}: unknown key {', '.join(map(repr, unknown))}")
-        try:
-            return cls(**choices)
-        except TypeError as error:
-            raise ValueError(f"{source}: {error}") from None
+        return cls(**choices)
 
     # --- diffusers' config.json ---------------------------------------------------------------------------------------
 
