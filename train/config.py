@@ -52,9 +52,7 @@ class Stream:
     num_frames: int = 16  # T; 1: images
     height: int = 64
     width: int = 64
-    sizes: tuple[
-        str, ...
-    ] = ()  # of files, such as "320x576": aspect buckets, of which each batch has one; (): the one size
+    sizes: tuple[str, ...] = ()  # of files: such as "320x576", aspect buckets, one a batch; (): the size above
     fps: float = 8.0
     workers: int = 4  # of files: processes that read
     max_skipped: float = 0.1  # of files: the part of a rank's clips that may be broken

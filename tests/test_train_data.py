@@ -1,0 +1,102 @@
+"""Streams of files in the trainer: sizes, broken clips, and caches that it can or cannot know."""
+
+import json
+import subprocess
+
+import pytest
+import torch
+
+from tests.test_data import mp4, shard, shards  # noqa: F401 - fixtures
+from tests.test_pipeline import make
+from tests.test_train import ENVIRONMENT, ROOT, TORCHRUN
+from tests.train_worker import TINY, configure
+from train.fsdp import Trainer
+from train.log import FILE
+from train.processes import processes
+from univid.cli import main as univid
+
+WIDE, TALL = (32, 48), (48, 32)
+
+
+@pytest.fixture(scope="module")
+def start(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("start")
+    make().save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def clips(tmp_path, mp4):  # noqa: F811
+    """Six wide ones and three tall ones, of which one each is cut off."""
+    members = {f"{i}.txt": f"clip {i}" for i in range(9)}
+    members |= {f"{i}.mp4": mp4(20 * i, size=TALL if i % 3 == 2 else WIDE) for i in range(9)}
+    members |= {f"{i}.mp4": members[f"{i}.mp4"][:400] for i in (4, 5)}
+    members |= {f"{i}.json": dict(zip(("height", "width"), TALL if i % 3 == 2 else WIDE, strict=True)) for i in (4, 5)}
+    return shard(tmp_path / "clips.tar", members)
+
+
+def stream(source, *more):
+    files = f"source={source}", "fps=8", "workers=0", "max_skipped=1", 'sizes=["32x48", "48x32"]', *more
+    return ["stage=t2v", "streams.image.share=0", *(f"streams.video.{one}" for one in files)]
+
+
+def test_two_ranks_take_clips_of_two_sizes_and_say_which_are_broken(start, clips, tmp_path, monkeypatch):
+    """Each step's batches are of one size on all ranks, and each size may be compiled."""
+    shown = [f"model.start={start}", "steps=6", "optimizer.eps=1e-5", *stream(clips)]
+    with processes(device="cpu") as joined:
+        variants, sizes = [], []
+        monkeypatch.setattr("train.fsdp.compile_blocks", lambda model, backend, count: variants.append(count))
+        trainer = Trainer(configure(tmp_path / "one", *shown, "compute.compile=eager"), joined)
+        plain = trainer.sources["video"].next
+        trainer.sources["video"].next = lambda: sizes.append(plain()) or sizes[-1]
+        trainer.run()
+    assert variants == [3]  # two sizes of clips, one of images
+    assert {tuple(batch.frames.shape) for batch in sizes} == {(4, 3, *WIDE, 3), (4, 3, *TALL, 3)}
+    assert not {key for batch in sizes for key in batch.keys} & {"4", "5"}
+    two = [*TINY, f"run={tmp_path / 'two'}", *shown, "streams.video.batch_size=2"]
+    done = subprocess.run(
+        [*TORCHRUN, "train/fsdp.py", *two], cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, timeout=240
+    )
+    assert done.returncode == 0, done.stderr
+    one, two = (
+        [json.loads(line) for line in (tmp_path / run / FILE).read_text().splitlines()] for run in ("one", "two")
+    )
+    assert [step["loss"] for step in two] == pytest.approx([step["loss"] for step in one], abs=1e-5)
+    assert two[-1]["broken clips"] == one[-1]["broken clips"] == trainer.sources["video"].skipped >= 2
+    assert f"  broken clips {two[-1]['broken clips']}\n" in done.stdout
+    named = [line.rpartition("/")[2] for line in done.stderr.splitlines() if line.startswith("data: left out")]
+    assert {line.partition(":")[0] for line in named} == {"4", "5"}
+    assert len(named) <= 2 * 2  # once on each rank, however often they are met
+
+
+def test_how_many_clips_may_be_broken_can_be_chosen(start, clips, tmp_path):
+    with processes(device="cpu") as joined:
+        trainer = Trainer(configure(tmp_path, f"model.start={start}", *stream(clips, "max_skipped=0.05")), joined)
+        with pytest.raises(ValueError, match=r"could not be read, more than max_skipped=0\.05 of them"):
+            for _ in range(40):
+                trainer.sources["video"].next()
+
+
+def test_a_cache_is_of_a_model(start, shards, tmp_path):  # noqa: F811
+    """Random weights learn from one with the frozen parts that made it; others, and none at all, are refused."""
+    latents, other = tmp_path / "latents", make()
+    shown = ["--device", "cpu", "--workers", "0", "--size", "32x48", "--num-frames", "3", "--fps", "8"]
+    assert univid(["encode", str(shards), "-o", str(latents), "--model", str(start), *shown]) == 0
+    with torch.no_grad():
+        next(other.vae.parameters()).add_(1e-3)
+    other.save_pretrained(tmp_path / "other")
+    with processes(device="cpu") as joined:
+        for frozen, error in (
+            (start, None),
+            (tmp_path / "other", "made with another VAE or text encoder"),
+            (
+                "",
+                r"^streams\.video\.source: .*latents is a cache, needs the folder of the VAE and CLIP that made it: model\.frozen$",
+            ),
+        ):
+            config = configure(tmp_path / "run", f"model.frozen={frozen}", "steps=1", *stream(latents))
+            if error is None:
+                Trainer(config, joined).run()
+                continue
+            with pytest.raises(ValueError, match=error):
+                Trainer(config, joined)
