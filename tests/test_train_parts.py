@@ -18,6 +18,7 @@ from diffusers import DDIMScheduler
 from tests.test_data import mp4, shards  # noqa: F401 - fixtures
 from tests.test_pipeline import SCHEDULE, make
 from tests.train_worker import configure, state_of, train
+from train.bench import main as bench
 from train.config import CONFIGS, Config, Optimizer, Stream, load
 from train.data import Conditioned
 from train.diffusion import Diffusion
@@ -106,6 +107,19 @@ def test_what_is_wrong_is_said_in_one_line(tmp_path, capsys):
     assert main([f"run={tmp_path}", "streams.video.source=clips/*.tar"]) == 1
     lines = capsys.readouterr().err.splitlines()
     assert [line.partition(":")[0] for line in lines] == ["ValueError", *["FileNotFoundError"] * 4]
+
+
+@pytest.mark.parametrize(
+    ("argument", "message"),
+    [
+        ("processes=a", "bench: processes: got 'a', needs numbers > 0"),
+        ("seconds=0", "bench: seconds: got '0', needs numbers > 0"),
+        ("optimizer.lrate=1", "bench: optimizer.lrate: unknown key; the nearest is optimizer.lr"),
+    ],
+)
+def test_the_benchmark_says_what_is_wrong_in_one_line(argument, message, capsys):
+    assert bench([argument]) == 2
+    assert capsys.readouterr().err == f"{message}\n"
 
 
 # --- what a step is about -----------------------------------------------------------------------------------------------------

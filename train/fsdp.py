@@ -65,7 +65,7 @@ class Trainer:
         self.encoder = Encoder(self.parts, device, unet.context_dim, trial)
         check_streams(config.streams, unet, self.encoder.factor)
         rendered = any(stream.source == "shapes" for stream in config.streams.values())
-        if rendered or config.model.frozen and not trial:
+        if rendered or (config.model.frozen and not trial):
             self.parts.check_fits(unet)
 
         with torch.device("meta"):
