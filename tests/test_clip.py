@@ -6,8 +6,10 @@ import json
 import pytest
 import torch
 from open_clip import tokenizer
+from safetensors.torch import load_file, save_file
 
-from univid.data.clip import VOCABULARY, Clip, build_clip, load_clip
+from univid.data.cache import _hash
+from univid.data.clip import VOCABULARY, WEIGHTS, Clip, build_clip, load_clip
 
 CONFIG = {
     "embed_dim": 32,
@@ -55,6 +57,27 @@ def test_save_and_load(clip, tmp_path):
     assert torch.equal(again.text(["a cat"]), clip.text(["a cat"]))
     named = load_clip(tmp_path / "clip", torch.bfloat16)
     assert named.text(["a cat"]).dtype == torch.bfloat16
+
+
+def test_what_only_compares_texts_with_pictures_is_not_kept(clip, tmp_path):
+    """Nor asked of a file, in which it changes nothing, its fingerprint neither; what tokens need is."""
+    unread = {"visual.proj", "text_projection", "logit_scale"}
+    clip.save(tmp_path)
+    kept, every = load_file(tmp_path / WEIGHTS), clip.model.state_dict()
+    assert every.keys() - kept.keys() == unread
+    small, mark = load_clip(tmp_path), _hash(tmp_path, "")
+    save_file({name: x.contiguous() for name, x in every.items()}, tmp_path / WEIGHTS)
+    whole, pixels = load_clip(tmp_path), torch.rand(2, 3, 28, 28)
+    for one in (small, whole):
+        assert not unread & one.model.state_dict().keys()
+        assert torch.equal(one.text(["a cat"]), clip.text(["a cat"]))
+        assert torch.equal(one.image(pixels), clip.image(pixels))
+    assert _hash(tmp_path, "") == mark
+    for name in ("ln_final.weight", "positional_embedding", "visual.class_embedding"):
+        save_file({other: x for other, x in kept.items() if other != name}, tmp_path / WEIGHTS)
+        assert _hash(tmp_path, "") != mark
+        with pytest.raises(ValueError, match=rf"misses {name}$"):
+            load_clip(tmp_path)
 
 
 def test_own_vocabulary(tmp_path):

@@ -162,6 +162,16 @@ def test_bad_caches(shards, model, tmp_path):  # noqa: F811
         (["{shards}", "-o", "{new}", "--num-frames", "99"], "of 6 clips could not be read"),
         (["{shards}", "-o", "{new}", "--model", "nowhere"], "model: got 'nowhere'"),
         (["{shards}", "-o", "{new}", "--batch-size", "0"], "batch_size: got 0"),
+        (["{shards}", "-o", "{new}", "--shard-size", "0"], "shard_size: got 0"),
+        (["{shards}", "-o", "{new}", "--workers", "-1"], "workers: got -1; at least 0 needed"),
+        (["{shards}", "-o", "{new}", "--num-frames", "0"], "num_frames: got 0"),
+        (["{shards}", "-o", "{new}", "--size", "0x32"], "sizes: got ((0, 32),)"),
+        (["{shards}", "-o", "{new}", "--min-score", "score=nan"], "min_score: none of 6"),
+        (["{shards}", "-o", "{new}", "--device", "phone"], "--device: got 'phone'; cuda or cpu needed"),
+        *(
+            (["{shards}", "-o", "{new}", "--fps", fps], f"fps: got {float(fps)}; a number from 0.01 to 240 needed")
+            for fps in ("nan", "inf", "0", "-1", "5e-324")
+        ),
         (["{shards}", "-o", "{new}", "--min-score", "score=9"], "min_score: none of 6"),
         (["{shards}", "-o", "{shards}/000.tar"], "000.tar is not a folder"),
     ],
@@ -171,10 +181,12 @@ def test_bad_input(shards, model, tmp_path, capsys, arguments, error):  # noqa: 
     given = [argument.format(**places) for argument in arguments]
     if "--model" not in given:
         given += ["--model", str(model)]
-    assert main(["encode", *given, "--device", "cpu", "--workers", "0"]) == 2
+    assert main(["encode", "--device", "cpu", "--workers", "0", *given]) == 2
     err = [line for line in capsys.readouterr().err.splitlines() if line.startswith("univid:")]
     assert len(err) == 1 and error in err[0]
-    assert not (tmp_path / "cache").exists() or not list((tmp_path / "cache").iterdir())
+    # What only reading the clips can tell leaves the folder, with nothing in it.
+    assert not (tmp_path / "cache").exists() or "--num-frames 99" in " ".join(given)
+    assert not list(tmp_path.glob("cache/*"))
 
 
 def test_source_or_output_of_the_wrong_kind(shards, model, tmp_path, capsys):  # noqa: F811

@@ -149,11 +149,38 @@ def test_command_judges_what_the_pipeline_makes(checkpoint, tmp_path, monkeypatc
         assert [row["text's"] for row in rows] == [100, 100, 0, 0, 0]
 
 
+def test_command_judges_the_judge(checkpoint, tmp_path, capsys, monkeypatch):
+    """True clips are read right, and nothing from an autoencoder that keeps nothing of them."""
+    from univid.data.autoencoder import Autoencoder
+
+    clips = []
+
+    def encode(self, frames):
+        clips.append((127.5 * (frames + 1)).round().to(torch.uint8).movedim(2, -1))
+        return frames
+
+    monkeypatch.setattr(Autoencoder, "encode", encode)
+    for decode, share in ((lambda _: clips[-1], 100), (lambda _: torch.full_like(clips[-1], 128), 0)):
+        monkeypatch.setattr(Autoencoder, "decode", lambda self, latents, decode=decode: decode(latents))
+        output = tmp_path / f"{share}.json"
+        arguments = ["--sets", "true", "--count", "7", "--batch", "3", "-o", str(output)]
+        clips.clear()
+        assert main(["judge", checkpoint, *arguments]) == 0
+        world = Shapes(3, 32)
+        assert torch.equal(torch.cat(clips), world.render(world.sample(held_out(7))))
+        found = json.loads(output.read_text())["true"]
+        assert set(found["true clips"]) == set(found["decoded from latents"]) == set(JUDGED)
+        assert {found["true clips"][name] for name in ("colour", "shape", "size")} == {100}
+        assert found["decoded from latents"] == (found["true clips"] if share else dict.fromkeys(JUDGED, 0))
+    printed = capsys.readouterr().out
+    assert "true clips              colour  100.0" in printed and "decoded from latents    colour    0.0" in printed
+
+
 @pytest.mark.parametrize(
     ("arguments", "error"),
     [
         (["--count", "0"], "--count: got 0"),
-        (["--sets", "t2v,x2v"], "--sets: got 'x2v', needs some of t2v,i2v,ti2v,sweep"),
+        (["--sets", "t2v,x2v"], "--sets: got 'x2v', needs some of t2v,i2v,ti2v,sweep,true"),
         (["-o", "nowhere/judge.json"], "nowhere does not exist"),
     ],
 )

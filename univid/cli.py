@@ -55,11 +55,7 @@ def generate(options: argparse.Namespace) -> int:
     output = Path(options.output)
     for name in numbered(output, options.num_videos):  # before the model is loaded, let alone sampled
         check_writable(name, options.num_frames or 2)
-    device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    if device.partition(":")[0] not in ("cpu", "cuda"):
-        raise ValueError(f"--device: got {device!r}; cuda or cpu needed")
-    if device != "cpu" and not torch.cuda.is_available():
-        raise ValueError(f"--device: got {device!r}; PyTorch finds no GPU here")
+    device = _device(options.device)
     dtype = torch.float32 if device == "cpu" else torch.bfloat16
     pipe = UniVidPipeline.from_pretrained(find(options.model), torch_dtype=dtype)
     pipe = (pipe.enable_low_memory() if options.low_memory else pipe).to(device)
@@ -87,8 +83,6 @@ def generate(options: argparse.Namespace) -> int:
 
 
 def encode(options: argparse.Namespace) -> int:
-    import torch
-
     from univid.checkpoint import find
     from univid.data import encode as encoding
     from univid.data.dataset import DataConfig
@@ -100,7 +94,7 @@ def encode(options: argparse.Namespace) -> int:
         DataConfig(paths=tuple(options.source), min_score=dict(options.min_score)),
         {name: value for name, value in given.items() if value not in (None, ())},
     )
-    device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    device = _device(options.device)
     names = ("batch_size", "shard_size", "workers")
     choices = {name: getattr(options, name) for name in names}
     counts = encoding.encode(config, options.output, model, options.clip, device=device, **choices)
@@ -130,7 +124,7 @@ def judge(options: argparse.Namespace) -> int:
     from univid.judge import Examination, examine
     from univid.pipeline import UniVidPipeline
 
-    device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    device = _device(options.device)
     dtype = torch.float32 if device == "cpu" else torch.bfloat16
     pipe = UniVidPipeline.from_pretrained(find(options.checkpoint), torch_dtype=dtype).to(device)
     settings = {name: getattr(options, name) for name in ("count", "pairs", "batch", "steps", "seed")}
@@ -147,6 +141,17 @@ def bench(options: argparse.Namespace) -> int:
     import pytest
 
     return int(pytest.main([str(root), "--quick"]))
+
+
+def _device(given: str | None) -> str:
+    import torch
+
+    device = given or ("cuda" if torch.cuda.is_available() else "cpu")
+    if device.partition(":")[0] not in ("cpu", "cuda"):
+        raise ValueError(f"--device: got {device!r}; cuda or cpu needed")
+    if device != "cpu" and not torch.cuda.is_available():
+        raise ValueError(f"--device: got {device!r}; PyTorch finds no GPU here")
+    return device
 
 
 def _sweep(options: argparse.Namespace) -> list[tuple[float, float]]:
@@ -269,7 +274,11 @@ def _parser() -> argparse.ArgumentParser:
     )
     test.add_argument("checkpoint", metavar="CHECKPOINT", help="its folder, or the name of one that ships")
     test.add_argument("-o", "--output", default="judge.json", help="what was found (default: judge.json)")
-    test.add_argument("--sets", default="t2v,i2v,ti2v,sweep", help="which (default: t2v,i2v,ti2v,sweep)")
+    test.add_argument(
+        "--sets",
+        default="t2v,i2v,ti2v,sweep",
+        help="which (default: t2v,i2v,ti2v,sweep); true: the judge itself, on true clips and on the autoencoder's copies",
+    )
     test.add_argument("--count", type=int, default=500, metavar="N", help="clips of each set (default: 500)")
     test.add_argument("--pairs", type=int, default=200, metavar="N", help="of the sweeps (default: 200)")
     test.add_argument("--batch", type=int, default=50, metavar="N", help="clips at a time (default: 50)")

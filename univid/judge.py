@@ -18,7 +18,7 @@ from univid.data.judge import Verdicts, judge
 from univid.data.shapes import COLOURS, SHAPES, Attributes, Shapes, held_out
 from univid.pipeline import UniVidPipeline
 
-SETS = ("t2v", "i2v", "ti2v", "sweep")
+SETS = ("t2v", "i2v", "ti2v", "sweep", "true")
 STEPS = (0.0, 0.25, 0.5, 0.75, 1.0)  # of a sweep: image weights, the text's being 1 - s, or 1
 _SWEEP_START = 1 << 20  # pairs are drawn from held-out clips of their own
 
@@ -69,6 +69,15 @@ class Examination:
         prompts = self.world.captions(attributes, "motion")
         right = self._judged("(T+I)2V", prompts, self._pictures(attributes)).right(attributes)
         return _shares({**_appearance(right), "motion": right["motion"]})
+
+    def true(self) -> dict[str, dict[str, float]]:
+        """The judge itself: what it reads from the true clips, and from what the autoencoder makes of them."""
+        attributes = self.world.sample(held_out(self.count))
+        rows = torch.arange(self.count).split(self.batch)
+        clips = torch.cat([self.world.render(attributes[part], "cpu") for part in rows])
+        decoded = torch.cat([self._decoded(part) for part in tqdm(clips.split(self.batch), "Autoencoder")])
+        seen = {"true clips": clips, "decoded from latents": decoded}
+        return {name: _shares(judge(frames).right(attributes)) for name, frames in seen.items()}
 
     def sweep(self) -> dict[str, list[dict[str, float]]]:
         """Text of one object, picture of another: whose the clip is, as the weights go from the text to the picture."""
@@ -121,6 +130,9 @@ class Examination:
             )
             yield torch.from_numpy(made.frames)
 
+    def _decoded(self, clips: Tensor) -> Tensor:
+        return self.pipe.vae.decode(self.pipe.vae.encode(clips.movedim(-1, 2) / 127.5 - 1))
+
     def _pictures(self, attributes: Attributes) -> list[np.ndarray]:
         return list(self.world.render(attributes, "cpu", (0,))[:, 0].numpy())
 
@@ -149,7 +161,9 @@ def table(found: dict[str, Any]) -> str:
     lines = [f"{found['count']} held-out clips of each, {found['scheduler']} {found['steps']} steps, in percent", ""]
     for name, title in (("t2v", "T2V"), ("i2v", "I2V"), ("ti2v", "(T+I)2V, motion told")):
         if name in found:
-            lines.append(f"{title:<24}" + "".join(f"{what} {share:6.1f}   " for what, share in found[name].items()))
+            lines.append(_line(title, found[name]))
+    for title, shares in found.get("true", {}).items():
+        lines.append(_line(title, shares))
     for name, rows in found.get("sweep", {}).items():
         lines += [
             "",
@@ -158,6 +172,10 @@ def table(found: dict[str, Any]) -> str:
         for whose in ("image's", "text's"):
             lines.append(f"{whose:<{len(lines[-1]) - 8 * len(rows)}}" + "".join(f"{row[whose]:8.1f}" for row in rows))
     return "\n".join(line.rstrip() for line in lines)
+
+
+def _line(title: str, shares: dict[str, float]) -> str:
+    return f"{title:<24}" + "".join(f"{what} {share:6.1f}   " for what, share in shares.items())
 
 
 def _appearance(right: dict[str, Tensor]) -> dict[str, Tensor]:

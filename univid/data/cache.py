@@ -13,7 +13,7 @@ from safetensors.torch import load
 
 from univid.data.batch import Sample
 from univid.data.shards import Shards
-from univid.data.tensors import check_safetensors, read_json
+from univid.data.tensors import UNREAD, check_safetensors, read_json
 
 _NAMES = {"vae": "VAE", "clip": "text encoder"}
 
@@ -38,7 +38,7 @@ def _hash(path: Path, more: str) -> str:
     for each in files:
         check_safetensors(each)
         with safe_open(each, "pt") as file:
-            for name in sorted(file.keys()):
+            for name in sorted(set(file.keys()) - UNREAD):
                 x = file.get_tensor(name).contiguous()
                 digest.update(f"{name} {x.dtype} {tuple(x.shape)}".encode())
                 digest.update(x.reshape(-1).view(torch.uint8).numpy())

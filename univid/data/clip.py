@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from univid.data.tensors import check_keys, read_json, read_safetensors
+from univid.data.tensors import UNREAD, check_keys, read_json, read_safetensors
 
 CONFIG = "open_clip_config.json"
 WEIGHTS = "open_clip_model.safetensors"
@@ -88,10 +88,11 @@ class Clip(nn.Module):
         return torch.cat((result["image_intermediates_prefix"][0], result["image_intermediates"][0]), 1)
 
     def save(self, folder: Path) -> None:
-        """The folder that :func:`load_clip` reads."""
+        """The folder that :func:`load_clip` reads, without what it does not."""
         folder.mkdir(parents=True, exist_ok=True)
         (folder / CONFIG).write_text(json.dumps({"model_cfg": self.config}, indent=1) + "\n")
-        save_file({name: x.contiguous() for name, x in self.model.state_dict().items()}, folder / WEIGHTS)
+        tensors = {name: x.contiguous() for name, x in self.model.state_dict().items() if name not in UNREAD}
+        save_file(tensors, folder / WEIGHTS)
         if self.vocabulary is not None:
             (folder / VOCABULARY).write_bytes(self.vocabulary.read_bytes())
 
@@ -130,8 +131,12 @@ def load_clip(source: str | Path, dtype: torch.dtype = torch.float32) -> Clip:
     weights = _weights(folder)
     vocabulary = folder / VOCABULARY
     clip = build_clip(config, vocabulary if vocabulary.is_file() else None)
+    for key in UNREAD & clip.model.state_dict().keys():  # rather than at random
+        module, _, name = key.rpartition(".")
+        setattr(clip.model.get_submodule(module), name, None)
     # open_clip used to save the mask; it is made anew.
-    tensors = {key: x for key, x in read_safetensors(weights).items() if key not in ("attn_mask", "text.attn_mask")}
+    unread = UNREAD | {"attn_mask", "text.attn_mask"}
+    tensors = {key: x for key, x in read_safetensors(weights).items() if key not in unread}
     check_keys(weights, {key: x.shape for key, x in clip.model.state_dict().items()}, tensors)
     clip.model.load_state_dict(tensors)
     clip.model.to(dtype)

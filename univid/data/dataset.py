@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from univid.data.batch import Sample
 from univid.data.cache import Cached
 from univid.data.decode import read_clip, read_still, size_of
+from univid.data.files import check_fps
 from univid.data.folder import TABLES, Folder
 from univid.data.paths import expand
 from univid.data.shards import Listing, Shards
@@ -40,9 +41,9 @@ class DataConfig:
         if self.num_frames < 1:
             raise ValueError(f"num_frames: got {self.num_frames}; at least 1 needed")
         if any(len(size) != 2 or min(size) < 1 for size in self.sizes):
-            raise ValueError(f"sizes: got {self.sizes}; pairs (height, width) needed")
-        if self.fps is not None and self.fps <= 0:
-            raise ValueError(f"fps: got {self.fps}; a number > 0 needed")
+            raise ValueError(f"sizes: got {self.sizes}; pairs (height, width) of at least 1 needed")
+        if self.fps is not None:
+            check_fps(self.fps)
 
 
 def open_dataset(config: DataConfig, fingerprint: dict[str, str] | None = None) -> Clips | Cached:

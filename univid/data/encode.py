@@ -79,9 +79,9 @@ def encode(
         ValueError, OSError: the data or the model cannot be read, ``output`` holds something else or is full, or too many clips are broken.
     """
     output, vae_path, clip_path = Path(output), Path(model) / "vae", clip or Path(model) / "clip"
-    for name, value in (("batch_size", batch_size), ("shard_size", shard_size)):
-        if value < 1:
-            raise ValueError(f"{name}: got {value}; at least 1 needed")
+    for name, value, least in (("batch_size", batch_size, 1), ("shard_size", shard_size, 1), ("workers", workers, 0)):
+        if value < least:
+            raise ValueError(f"{name}: got {value}; at least {least} needed")
     dataset = open_dataset(config)
     if isinstance(dataset, Cached):
         raise ValueError(f"source: {config.paths[0]} is a cache already; clips needed")

@@ -12,6 +12,8 @@ from safetensors.torch import load_file
 from torch import Size, Tensor
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"  # diffusers' name
+# Of a CLIP: what compares texts with pictures. Tokens need none of it, so it is neither kept nor part of a fingerprint.
+UNREAD = frozenset({"visual.proj", "text_projection", "text.text_projection", "logit_scale", "logit_bias"})
 
 
 def find_weights(folder: Path) -> Path:
