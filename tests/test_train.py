@@ -1,12 +1,15 @@
 """The trainer, on the CPU: one process here, two under torchrun."""
 
+import dataclasses
 import json
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -14,7 +17,9 @@ import pytest
 import torch
 
 from tests.train_worker import TINY, configure, state_of, train
+from train import checkpoint, fsdp
 from train.checkpoint import checkpoints, read_state
+from train.export import main as export
 from train.fsdp import Trainer
 from train.log import FILE
 from train.processes import processes
@@ -76,6 +81,7 @@ IMAGES_ONLY = ("streams.video.share=0",)
 CASES = {
     "compiled": ["steps=2", "compute.compile=aot_eager", "stage=t2v", "streams.image.share=0", *CALM],
     "replicated": ["steps=3", "compute.replicas=2", "compute.activation_checkpointing=true", *CALM],
+    "unclipped": ["steps=1", "optimizer.accumulate=2", "optimizer.clip_norm=1e9"],
     "resumed": ["steps=4", *CALM],
     "stopped": ["steps=1000"],
 }
@@ -98,6 +104,14 @@ def two_ranks(tmp_path_factory) -> Path:
 def test_two_ranks_equal_one_process(two_ranks, alone, tmp_path, case):
     one = train(configure(tmp_path, *CASES[case], "compute.compile=none"), alone)
     close(torch.load(two_ranks / f"{case}.pt"), one)
+
+
+def test_two_ranks_have_the_gradients_of_one_process(two_ranks, alone, tmp_path):
+    """Their size too, which clipping and Adam would hide: after one step the first moments are a tenth of the gradients."""
+    two, one = torch.load(two_ranks / "unclipped.pt"), train(configure(tmp_path, *CASES["unclipped"]), alone)
+    names = [name for name in one if name.startswith("exp_avg.")]
+    a, b = (torch.cat([x[name].flatten() for name in names]).double() for x in (two, one))
+    assert (a - b).norm() < 1e-5 * b.norm()
 
 
 def test_a_run_goes_on_with_another_number_of_ranks_after_image_steps_only(two_ranks, alone):
@@ -165,13 +179,105 @@ def test_the_average_is_one(alone, tmp_path):
 
 
 def test_checkpointed_gradients_equal_plain_ones(alone, tmp_path):
-    gradients = []
-    for on in ("false", "true"):
-        trainer = Trainer(configure(tmp_path, f"compute.activation_checkpointing={on}"), alone)
-        trainer.optimizer.step = lambda lr, step: torch.zeros(())  # the gradients stay
+    plain, again = (
+        gradients_of(Trainer(configure(tmp_path, f"compute.activation_checkpointing={on}"), alone))
+        for on in ("false", "true")
+    )
+    assert equal(plain, again)
+
+
+def gradients_of(trainer: Trainer) -> dict:
+    """Of one step, which then does nothing else."""
+    trainer.optimizer.step = lambda lr, step: torch.zeros(())
+    trainer.train_step()
+    return {n: p.grad.full_tensor() for n, p in trainer.model.named_parameters() if p.grad is not None}
+
+
+def test_two_parts_of_a_step_are_one_of_twice_the_size(alone, tmp_path, monkeypatch):
+    drawn = fsdp.draw
+    monkeypatch.setattr(fsdp, "draw", lambda *arguments: drawn(*arguments[:-1], 0))  # the second part as the first
+    parts = Trainer(configure(tmp_path, "optimizer.accumulate=2"), alone)
+    whole = Trainer(configure(tmp_path, batch_size=8), alone)
+    for name, source in parts.sources.items():
+        for tensor in ("latents", "text", "image"):
+            setattr(whole.sources[name], tensor, torch.cat([getattr(source, tensor)] * 2))
+    a, b = gradients_of(parts), gradients_of(whole)
+    assert a.keys() == b.keys()
+    a, b = (torch.cat([x[name].flatten() for name in sorted(x)]).double() for x in (a, b))
+    assert (a - b).norm() < 1e-5 * b.norm()
+
+
+def test_weights_decay_and_vectors_do_not(alone, tmp_path):
+    states = []
+    for decay in (0.0, 0.5):
+        trainer = Trainer(configure(tmp_path / str(decay), "steps=1", f"optimizer.weight_decay={decay}"), alone)
+        first = state_of(trainer)
         trainer.train_step()
-        gradients.append({n: p.grad.full_tensor() for n, p in trainer.model.named_parameters() if p.grad is not None})
-    assert equal(*gradients)
+        states.append(state_of(trainer))
+    rate = 1e-3 / 2  # the first step of a warm-up of two
+    stepped = [name for name in first if name.startswith("model.") and states[0][f"steps.{name[6:]}"] == 1]
+    assert {first[name].ndim > 1 for name in stepped} == {True, False}
+    for name in stepped:
+        lost = states[0][name] - states[1][name]
+        expected = rate * 0.5 * first[name] if first[name].ndim > 1 else torch.zeros_like(lost)
+        torch.testing.assert_close(lost, expected, rtol=1e-3, atol=1e-7)
+
+
+# --- checkpoints --------------------------------------------------------------------------------------------------------------
+
+
+def test_training_goes_on_while_a_checkpoint_is_written(alone, tmp_path, monkeypatch):
+    """What is written is the state of its step."""
+    go = threading.Event()
+    write = checkpoint.dcp.save
+    monkeypatch.setattr(checkpoint.dcp, "save", lambda *given, **named: (go.wait(30), write(*given, **named)))
+    trainer = Trainer(configure(tmp_path), alone)
+    trainer.train_step()
+    saved = state_of(trainer)
+    trainer.save()
+    for _ in range(2):
+        trainer.train_step()
+    assert not checkpoints(tmp_path / "checkpoints")
+    go.set()
+    trainer.checkpoints.wait()
+    again = Trainer(configure(tmp_path), alone)
+    assert again.step == 1
+    assert equal(saved, state_of(again))
+    assert not equal(saved, state_of(trainer))
+
+
+def test_a_kill_before_the_rename_leaves_the_last_checkpoint(alone, tmp_path, monkeypatch):
+    train(configure(tmp_path, "steps=2"), alone)
+    with monkeypatch.context() as patched:
+        patched.setattr(checkpoint.os, "rename", lambda *_: sys.exit("killed"))  # of the writing thread
+        with pytest.raises(OSError, match="killed"):
+            train(configure(tmp_path, "steps=4"), alone)
+    assert {path.name for path in (tmp_path / "checkpoints").iterdir()} == {"step-00000002", "step-00000004.partial"}
+    trainer = Trainer(configure(tmp_path, "steps=4"), alone)
+    assert trainer.step == 2
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step-00000002"]
+
+
+@pytest.mark.parametrize("damage", ["no metadata", "no shard", "a cut shard", "a cut state"])
+def test_a_damaged_checkpoint_is_named_and_left_as_it_is(alone, tmp_path, capsys, damage):
+    config = configure(tmp_path, "steps=1")
+    train(config, alone)
+    (last,) = checkpoints(tmp_path / "checkpoints")
+    (shard,) = last.glob("*.distcp")
+    if damage.startswith("no"):
+        ((last / ".metadata") if damage == "no metadata" else shard).unlink()
+    else:
+        path = shard if damage == "a cut shard" else last / "state.json"
+        path.write_bytes(path.read_bytes()[: path.stat().st_size // 10])
+    files = {path.name: path.read_bytes() for path in last.iterdir()}
+    named = re.escape(str(last))
+    with pytest.raises(ValueError, match=rf"^(run: the checkpoint|path:) {named}[^\n]*$"):
+        Trainer(config, alone)
+    assert {path.name: path.read_bytes() for path in last.iterdir()} == files
+    (tmp_path / "config.json").write_text(json.dumps(dataclasses.asdict(config)))
+    assert export([str(tmp_path), str(tmp_path / "out")]) == 1
+    assert str(last) in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
 
 
 # --- what goes wrong ----------------------------------------------------------------------------------------------------------
@@ -235,6 +341,25 @@ def test_a_checkpoint_of_another_architecture_is_refused(alone, tmp_path):
         Trainer(configure(tmp_path, "model.unet=shapes"), alone)
     with pytest.raises(ValueError, match="stage = 'joint', this configuration 't2v'"):
         Trainer(configure(tmp_path, "stage=t2v"), alone)
+    with pytest.raises(ValueError, match="more = None, this configuration 'RandomLatents'"):
+        Trainer(configure(tmp_path, "streams.more.source=random"), alone)
+
+
+def test_what_does_not_fit_the_model_is_refused_before_the_first_step(alone, tmp_path):
+    for override, message in (
+        ("streams.video.num_frames=25", r"streams\.video\.num_frames: got 25, needs at most .* max_frames = "),
+        ("streams.image.height=40", r"streams\.image: got 40x32, needs multiples of 16, of which 32x32 is the nearest"),
+        (
+            "streams.video.source=shapes",
+            r"model\.frozen: got none, and untrained ones with context_dim = 128, needs 24",
+        ),
+    ):
+        with pytest.raises(ValueError, match=f"^{message}"):
+            Trainer(configure(tmp_path, override), alone)
+    with pytest.raises(
+        ValueError, match=r"^model\.frozen: got 'shapes' with context_dim = 128, needs 24, as the U-Net"
+    ):
+        Trainer(configure(tmp_path, "streams.video.source=shapes", "model.frozen=shapes"), alone)
 
 
 # --- signals ------------------------------------------------------------------------------------------------------------------
@@ -251,6 +376,17 @@ def wait_for(condition, process, seconds: float = 60) -> None:
 def ranks(process: subprocess.Popen) -> list[int]:
     children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
     return [int(pid) for pid in children if "fsdp.py" in Path(f"/proc/{pid}/cmdline").read_text()]
+
+
+def test_ctrl_c_ends_a_run_in_one_line(tmp_path):
+    command = [sys.executable, "train/fsdp.py", *TINY, f"run={tmp_path}", "steps=1000000"]
+    process = subprocess.Popen(command, cwd=ROOT, env=ENVIRONMENT, stderr=subprocess.PIPE, text=True)
+    wait_for(lambda: (tmp_path / FILE).is_file() and losses(tmp_path), process)
+    process.send_signal(signal.SIGINT)
+    _, said = process.communicate(timeout=30)
+    assert process.returncode == 130
+    assert "Traceback" not in said
+    assert said.splitlines()[-1] == "interrupted: the run goes on from its last checkpoint"
 
 
 @pytest.mark.skipif(not Path("/proc").is_dir(), reason="finds processes in /proc")

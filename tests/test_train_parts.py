@@ -18,8 +18,9 @@ from diffusers import DDIMScheduler
 from tests.test_data import mp4, shards  # noqa: F401 - fixtures
 from tests.test_pipeline import SCHEDULE, make
 from tests.train_worker import configure, state_of, train
-from train.config import CONFIGS, Config, Optimizer, Stream, load
-from train.data import Conditioned
+from train.bench import main as bench
+from train.config import CONFIGS, Config, Model, Optimizer, Stream, load
+from train.data import Conditioned, Encoder, RenderedShapes
 from train.diffusion import Diffusion
 from train.export import Export, export
 from train.export import main as export_main
@@ -27,11 +28,14 @@ from train.fsdp import Inputs, main
 from train.graphs import cloned, leaves, signature
 from train.log import FILE, Logs, Meter
 from train.optimizer import learning_rate
+from train.parts import Parts
 from train.processes import processes
 from train.stages import STAGES, Draw, draw, plan
 from train.validation import grid
 from univid import UniVidPipeline
 from univid.cli import main as univid
+from univid.data.judge import judge
+from univid.data.shapes import MOTIONS
 from univid.ops import ReferenceFrames
 
 CPU = torch.device("cpu")
@@ -89,6 +93,7 @@ def test_arguments_count_over_the_file(tmp_path):
         ("streams.video.workers=-1", "workers: got -1, needs a number >= 0"),
         ("streams.video.max_skipped=2", r"max_skipped: got 2.0, needs a number in \[0, 1\]"),
         ("streams.video.sizes=['32x64']", r"sizes: got \('32x64',\), needs files as the source"),
+        ("streams.video={source='random', motions=['up']}", r"motions: got \('up',\), needs shapes as the source"),
         ("streams.video.sizes=['32']", "sizes: got '32', needs HEIGHTxWIDTH"),
         ("validation.images=['a.png']", "images: got .* needs none, or one for each of 0 prompts"),
     ],
@@ -106,6 +111,19 @@ def test_what_is_wrong_is_said_in_one_line(tmp_path, capsys):
     assert main([f"run={tmp_path}", "streams.video.source=clips/*.tar"]) == 1
     lines = capsys.readouterr().err.splitlines()
     assert [line.partition(":")[0] for line in lines] == ["ValueError", *["FileNotFoundError"] * 4]
+
+
+@pytest.mark.parametrize(
+    ("argument", "message"),
+    [
+        ("processes=a", "bench: processes: got 'a', needs numbers > 0"),
+        ("seconds=0", "bench: seconds: got '0', needs numbers > 0"),
+        ("optimizer.lrate=1", "bench: optimizer.lrate: unknown key; the nearest is optimizer.lr"),
+    ],
+)
+def test_the_benchmark_says_what_is_wrong_in_one_line(argument, message, capsys):
+    assert bench([argument]) == 2
+    assert capsys.readouterr().err == f"{message}\n"
 
 
 # --- what a step is about -----------------------------------------------------------------------------------------------------
@@ -334,6 +352,17 @@ def test_a_pool_comes_in_another_order_each_time_round(start, tmp_path):
         source.load_state_dict({"position": 4})
         assert source.next().keys == keys[1]
         assert state_of(trainer)
+
+
+def test_a_stream_of_shapes_draws_the_motions_it_is_told(start):
+    stream = Stream(batch_size=12, motions=("clockwise", "up"))
+    parts = Parts(Model(start=str(start)), torch.float32, CPU)
+    with processes(device="cpu") as joined:
+        source = RenderedShapes(stream, Encoder(parts, CPU, 8), joined, 0)
+        batch = source.next()
+        with pytest.raises(ValueError, match=r"^streams: got motion 'north', needs some of "):
+            RenderedShapes(dataclasses.replace(stream, motions=("north",)), Encoder(parts, CPU, 8), joined, 0)
+    assert Counter(judge(batch.frames).motion.tolist()) == {MOTIONS.index("clockwise"): 6, MOTIONS.index("up"): 6}
 
 
 def test_a_grid_has_every_video_once():

@@ -58,6 +58,7 @@ class Stream:
     max_skipped: float = 0.1  # of files: the part of a rank's clips that may be broken
     min_score: dict[str, float] = field(default_factory=dict)  # of files: the least value by field, as of DataConfig
     pool: int = 0  # of "shapes": clips that are rendered and encoded once and kept on the device; 0: each is new
+    motions: tuple[str, ...] = ()  # of "shapes": only these, such as "clockwise", to see more of what is hard; (): all
     first: int = 0  # of "shapes": the number of the first clip, by which one run sees other clips than another
 
     def __post_init__(self) -> None:
@@ -69,6 +70,7 @@ class Stream:
             need("sizes", size, re.fullmatch(r"[1-9]\d*x[1-9]\d*", size) is not None, "HEIGHTxWIDTH, such as 320x576")
         files = self.source not in ("shapes", "random")
         need("sizes", self.sizes, files or not self.sizes, "files as the source")
+        need("motions", self.motions, self.source == "shapes" or not self.motions, "shapes as the source")
 
     @property
     def buckets(self) -> tuple[tuple[int, int], ...]:

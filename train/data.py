@@ -135,9 +135,12 @@ class RenderedShapes(_Counted):
     """
 
     def __init__(self, stream: Stream, encoder: Encoder, processes: Processes, seed: int):
-        from univid.data.shapes import Shapes
+        from univid.data.shapes import MOTIONS, Shapes
 
         super().__init__(stream, processes)
+        if unknown := set(stream.motions) - set(MOTIONS):
+            raise ValueError(f"streams: got motion {min(unknown)!r}, needs some of {', '.join(MOTIONS)}")
+        self.motions = torch.tensor([MOTIONS.index(name) for name in stream.motions])
         if stream.height != stream.width:
             raise ValueError(f"streams: got {stream.height}x{stream.width} shapes, needs squares")
         self.world = Shapes(num_frames=stream.num_frames, size=stream.height)
@@ -156,7 +159,8 @@ class RenderedShapes(_Counted):
         return self._render(self.stream.first + indices) if self.pool is None else self._of_pool(self.pool, indices)
 
     def _render(self, indices: Tensor) -> Batch:
-        attributes = self.world.sample(indices)
+        given = {"motion": self.motions[indices % len(self.motions)]} if len(self.motions) else {}
+        attributes = self.world.sample(indices, **given)
         frames = self.world.render(attributes, self.processes.device)
         # What moves cannot be told from a picture.
         kind: Literal["random", "appearance"] = "random" if self.stream.num_frames > 1 else "appearance"

@@ -79,7 +79,7 @@ def write_history(out: Path, config: Config, piece: dict[str, Any]) -> None:
     pieces = json.loads(earlier.read_text()) if earlier is not None and earlier.is_file() else []
     optimizer = {name: getattr(config.optimizer, name) for name in ("lr", "warmup", "final", "ema")}
     streams = {
-        name: {key: getattr(stream, key) for key in ("source", "share", "batch_size", "pool", "first")}
+        name: {key: getattr(stream, key) for key in ("source", "share", "batch_size", "pool", "first", "motions")}
         for name, stream in config.streams.items()
     }
     chosen = {"stage": config.stage, "seed": config.seed, "of_steps": config.steps, **optimizer, "streams": streams}
