@@ -10,8 +10,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 import univid
+from tests.test_data import video
+from tests.test_pipeline import make
 from univid import doctor, ops
 from univid.ops import dispatch
 from univid.ops.explain import _OPERATORS
@@ -56,6 +59,48 @@ def test_examples_run_as_printed(page, gpu):
     outputs = result.stdout.split(f"{END}\n")[:-1]
     for number, (output, expected) in enumerate(zip(outputs, printed, strict=True), 1):
         assert expected in (None, output), f"{page}, example {number} prints:\n{output}"
+
+
+# A laptop's sizes, in addition to what the page says; the checkpoint's own settings do that for `univid encode`.
+SMALLER = {
+    "univid": "--workers 0",
+    "torchrun": "steps=2 log.every=1 streams.video.num_frames=3 streams.video.height=16 streams.video.width=32 streams.video.workers=0",
+    "python": "",
+}
+
+
+def test_own_clips_in_three_commands(tmp_path):
+    """The page's lines, as they are typed in a clone, on four clips and one that is cut off."""
+    start, mine = tmp_path / "path/to/univid", tmp_path / "path/to/mine"
+    (tmp_path / "train").symlink_to(ROOT / "train")
+    (tmp_path / "clips").mkdir()
+    for i in range(5):
+        data = video(tmp_path / f"clips/{i}.mp4", 20 * i)
+    (tmp_path / "clips/4.mp4").write_bytes(data[:400])
+    (tmp_path / "clips/clips.csv").write_text("path,caption\n" + "".join(f"{i}.mp4,clip {i}\n" for i in range(5)))
+    make().save_pretrained(start)
+
+    block = (ROOT / "README.md").read_text().partition("in three commands")[2].split("```\n")[1]
+    commands = block.replace("\\\n", "").splitlines()
+    assert [command.split()[0] for command in commands] == list(SMALLER)
+    bin = Path(sys.executable).parent
+    environment = os.environ | {"PATH": f"{bin}:{os.environ['PATH']}", "PYTHONPATH": str(ROOT)}
+    environment |= {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+    printed = []
+    for command, more in zip(commands, SMALLER.values(), strict=True):
+        ran = subprocess.run(
+            ["bash", "-c", f"{command} {more}"], cwd=tmp_path, env=environment, capture_output=True, text=True
+        )
+        assert ran.returncode == 0, f"{command}:\n{ran.stdout}{ran.stderr}"
+        printed.append(ran.stdout)
+    assert printed[0] == "latents: 4 clips, 1 left out\n"
+    assert printed[1].endswith("finished at step 2\n") and "from step 0 to 2" in printed[1]
+    assert printed[2] == "path/to/mine: runs/mine/checkpoints/step-00000002\n"
+    first, trained = (load_file(each / "unet/diffusion_pytorch_model.safetensors") for each in (start, mine))
+    moved = {name for name in first if not torch.equal(first[name], trained[name])}
+    assert any("temporal" in name for name in moved) and len(moved) > len(first) / 2
+    videos = univid.UniVidPipeline.from_pretrained(mine)("clip 1", progress=False)
+    assert videos.frames.shape == (1, 3, 16, 32, 3)
 
 
 def test_first_example_is_short():
