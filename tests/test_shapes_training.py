@@ -48,6 +48,16 @@ def test_sigterm_ends_a_training_early(capsys):
     assert list(until_stopped(3)) == [0, 1, 2]
 
 
+@pytest.mark.parametrize("module", [shapes_clip, shapes_vae])
+def test_ctrl_c_ends_a_training_in_one_line(module, monkeypatch, capsys):
+    def interrupted(config):
+        signal.raise_signal(signal.SIGINT)
+
+    monkeypatch.setattr(module, "train", interrupted)
+    assert module.main([]) == 130
+    assert capsys.readouterr().err == f"{module.__name__.partition('.')[2]}: interrupted\n"
+
+
 def test_standardised_latents_draw_the_same_pixels():
     torch.manual_seed(0)
     vae = shapes_vae.build((16, 32)).eval()

@@ -6,6 +6,7 @@ import itertools
 import json
 import math
 import shutil
+import subprocess
 import sys
 from collections import Counter
 from pathlib import Path
@@ -24,7 +25,7 @@ from train.data import Conditioned, Encoder, RenderedShapes
 from train.diffusion import Diffusion
 from train.export import Export, export
 from train.export import main as export_main
-from train.fsdp import Inputs, main
+from train.fsdp import Inputs, Trainer, main
 from train.graphs import cloned, leaves, signature
 from train.log import FILE, Logs, Meter
 from train.optimizer import learning_rate
@@ -76,31 +77,62 @@ def test_arguments_count_over_the_file(tmp_path):
         ("steps=1.5", "steps: got 1.5, needs int"),
         ("stage=both", "stage: got 'both', needs 't2v' or 'adapters' or 'joint'"),
         ("optimizer=3", "optimizer: got 3, needs a table"),
-        ("optimizer.lr=0", "lr: got 0.0, needs a number > 0"),
+        ("optimizer.lr=0", "optimizer.lr: got 0.0, needs a number > 0"),
         ("optimizer.lr", "arguments: got 'optimizer.lr', needs key=value"),
         ("optimizer.lr=nan", "optimizer.lr: got nan, needs a finite number"),
         ("seconds=inf", "seconds: got inf, needs a finite number"),
         ("steps=-3", "steps: got -3, needs a number >= 1"),
-        ("log.every=0", "every: got 0, needs a number >= 1"),
-        ("validation.every=-1", "every: got -1, needs a number >= 0"),
-        ("optimizer.warmup=-3", "warmup: got -3, needs a number >= 0"),
-        ("optimizer.clip_norm=0", "clip_norm: got 0.0, needs a number > 0"),
-        ("optimizer.beta2=1", r"beta2: got 1.0, needs a number in \[0, 1\)"),
-        ("optimizer.final=2", r"final: got 2.0, needs a number in \[0, 1\]"),
-        ("compute.replicas=-1", "replicas: got -1, needs a number >= 0"),
+        ("log.every=0", "log.every: got 0, needs a number >= 1"),
+        ("validation.every=-1", "validation.every: got -1, needs a number >= 0"),
+        ("optimizer.warmup=-3", "optimizer.warmup: got -3, needs a number >= 0"),
+        ("optimizer.eps=0", "optimizer.eps: got 0.0, needs a number > 0"),
+        ("optimizer.weight_decay=-1", "optimizer.weight_decay: got -1.0, needs a number >= 0"),
+        ("optimizer.min_snr=-1", "optimizer.min_snr: got -1.0, needs a number >= 0"),
+        ("optimizer.beta1=-0.1", r"optimizer.beta1: got -0.1, needs a number in \[0, 1\)"),
+        ("validation.steps=0", "validation.steps: got 0, needs a number >= 1"),
+        ("streams.video.share=nan", "streams.video.share: got nan, needs a finite number"),
+        ("streams.video.fps=inf", "streams.video.fps: got inf, needs a finite number"),
+        ("streams.video.min_score.score=nan", "streams.video.min_score.score: got nan, needs a finite number"),
+        ("optimizer.clip_norm=0", "optimizer.clip_norm: got 0.0, needs a number > 0"),
+        ("optimizer.beta2=1", r"optimizer.beta2: got 1.0, needs a number in \[0, 1\)"),
+        ("optimizer.final=2", r"optimizer.final: got 2.0, needs a number in \[0, 1\]"),
+        ("compute.replicas=-1", "compute.replicas: got -1, needs a number >= 0"),
         ("streams.video=3", "streams.video: got 3, needs a table"),
-        ("streams.video.fps=0", "fps: got 0.0, needs a number > 0"),
-        ("streams.video.workers=-1", "workers: got -1, needs a number >= 0"),
-        ("streams.video.max_skipped=2", r"max_skipped: got 2.0, needs a number in \[0, 1\]"),
-        ("streams.video.sizes=['32x64']", r"sizes: got \('32x64',\), needs files as the source"),
-        ("streams.video={source='random', motions=['up']}", r"motions: got \('up',\), needs shapes as the source"),
-        ("streams.video.sizes=['32']", "sizes: got '32', needs HEIGHTxWIDTH"),
-        ("validation.images=['a.png']", "images: got .* needs none, or one for each of 0 prompts"),
+        ("streams.video.fps=0", "streams.video.fps: got 0.0, needs a number > 0"),
+        ("streams.video.workers=-1", "streams.video.workers: got -1, needs a number >= 0"),
+        ("streams.video.max_skipped=2", r"streams.video.max_skipped: got 2.0, needs a number in \[0, 1\]"),
+        ("streams.video.sizes=['32x64']", r"streams.video.sizes: got \('32x64',\), needs files as the source"),
+        (
+            "streams.video={source='random', motions=['up']}",
+            r"streams.video.motions: got \('up',\), needs shapes as the source",
+        ),
+        ("streams.video.sizes=['32']", "streams.video.sizes: got '32', needs HEIGHTxWIDTH"),
+        ("validation.every=5", r"validation.prompts: got \(\), needs one or more, for every = 5"),
+        ("validation.images=['a.png']", "validation.images: got .* needs none, or one for each of 0 prompts"),
     ],
 )
 def test_a_wrong_argument_is_named(override, message):
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(ValueError, match=f"^{message}"):
         load(Config, None, [override])
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("model = 3", "model: got 3, needs a table"),
+        ("streams = 3", "streams: got 3, needs a table"),
+        ("[streams]\nvideo = 3", "streams.video: got 3, needs a table"),
+        ("[optimizer]\nlr = 'x'", "optimizer.lr: got 'x', needs float"),
+        ("steps = ", "config: .* is not TOML: "),
+    ],
+)
+def test_what_is_wrong_in_a_file_is_named(tmp_path, text, message):
+    (tmp_path / "own.toml").write_text(text)
+    with pytest.raises(ValueError, match=f"^{message}"):
+        load(Config, tmp_path / "own.toml")
+    (tmp_path / "own.json").write_text("[1]")
+    with pytest.raises(ValueError, match=r"^config: .*own\.json holds a list, needs a table$"):
+        load(Config, tmp_path / "own.json")
 
 
 def test_what_is_wrong_is_said_in_one_line(tmp_path, capsys):
@@ -118,12 +150,34 @@ def test_what_is_wrong_is_said_in_one_line(tmp_path, capsys):
     [
         ("processes=a", "bench: processes: got 'a', needs numbers > 0"),
         ("seconds=0", "bench: seconds: got '0', needs numbers > 0"),
+        ("seconds=x", "bench: seconds: got 'x', needs numbers > 0"),
         ("optimizer.lrate=1", "bench: optimizer.lrate: unknown key; the nearest is optimizer.lr"),
+        (
+            "streams.video.num_frames=25",
+            "bench: streams.video.num_frames: got 25, needs at most the U-Net's max_frames = 24",
+        ),
     ],
 )
 def test_the_benchmark_says_what_is_wrong_in_one_line(argument, message, capsys):
     assert bench([argument]) == 2
     assert capsys.readouterr().err == f"{message}\n"
+
+
+def test_a_measurement_that_fails_is_one_line(monkeypatch, capsys):
+    def full(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory.\nTried to allocate")
+
+    def failed(command, check):
+        if check:
+            raise subprocess.CalledProcessError(3, "torchrun")
+
+    monkeypatch.setattr("train.bench.measure", full)
+    monkeypatch.setattr("train.bench.subprocess.run", failed)
+    assert bench([]) == bench(["processes=2"]) == 2
+    assert capsys.readouterr().err.splitlines() == [
+        "bench: CUDA out of memory. Tried to allocate",
+        "bench: Command 'torchrun' returned non-zero exit status 3.",
+    ]
 
 
 # --- what a step is about -----------------------------------------------------------------------------------------------------
@@ -308,8 +362,6 @@ def test_a_piece_of_a_run_is_timed_and_exported_and_the_next_one_starts_from_it(
     assert [(piece["stage"], piece["steps"], piece["streams"]["video"]["pool"]) for piece in history] == [("t2v", 2, 3)]
     arguments[:5] = [f"run={tmp_path / 'two'}", f"model.start={tmp_path / 'out'}", "steps=1", "stage=joint", "seed=2"]
     with processes(device="cpu") as joined:
-        from train.fsdp import Trainer
-
         trainer = Trainer(load(Config, CONFIGS / "shapes.toml", [*arguments, "streams.video.first=7"]), joined)
         assert sorted(trainer.sources["video"].pool.keys) == ["shapes/7", "shapes/8", "shapes/9"]
         started = UniVidPipeline.from_pretrained(tmp_path / "out").unet
@@ -341,8 +393,6 @@ def test_clips_from_files(start, shards, tmp_path, capsys, cached):  # noqa: F81
 def test_a_pool_comes_in_another_order_each_time_round(start, tmp_path):
     overrides = [f"model.start={start}", "streams.video.source=shapes", "streams.video.pool=8", "streams.image.share=0"]
     with processes(device="cpu") as joined:
-        from train.fsdp import Trainer
-
         trainer = Trainer(configure(tmp_path, *overrides), joined)
         source = trainer.sources["video"]
         keys = [source.next().keys for _ in range(4)]

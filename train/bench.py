@@ -136,10 +136,10 @@ def main(arguments: Sequence[str]) -> int:
     with tempfile.TemporaryDirectory() as run:
         try:
             config = load(Config, None, [*FULL_SIZE, f"run={run}", *rest])
-        except ValueError as error:
-            print(f"bench: {error}", file=sys.stderr)
+            measure(config, seconds, Path(own["out"]) if "out" in own else None)
+        except (ValueError, OSError, RuntimeError) as error:  # the GPU's memory too
+            print(f"bench: {' '.join(str(error).split())}", file=sys.stderr)
             return 2
-        measure(config, seconds, Path(own["out"]) if "out" in own else None)
     return 0
 
 

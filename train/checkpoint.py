@@ -183,8 +183,8 @@ def check_architecture(path: Path, identity: Mapping[str, Any]) -> None:
         if there == here:
             continue
         if isinstance(here, dict) and isinstance(there, dict):
-            key = next(name for name in (*here, *there) if here.get(name) != there.get(name))
-            here, there = here.get(key), there.get(key)
+            name = next(name for name in (*here, *there) if here.get(name) != there.get(name))
+            key, here, there = f"{key}.{name}", here.get(name), there.get(name)
         raise ValueError(f"run: {path} has {key} = {there!r}, this configuration {here!r}; another run's folder needed")
 
 

@@ -149,6 +149,7 @@ class Validation:
     def __post_init__(self) -> None:
         need_at_least(0, self, "every")
         need_at_least(1, self, "steps")
+        need("prompts", self.prompts, bool(self.prompts) or not self.every, f"one or more, for every = {self.every}")
         fits = len(self.images) in (0, len(self.prompts))
         need("images", self.images, fits, f"none, or one for each of {len(self.prompts)} prompts")
 
@@ -197,6 +198,8 @@ def load(cls: type[C], path: str | Path | None = None, overrides: Sequence[str] 
             choices = json.loads(text) if path.suffix == ".json" else tomllib.loads(text)
         except ValueError as error:
             raise ValueError(f"config: {path} is not TOML: {error}") from None
+        if not isinstance(choices, dict):
+            raise ValueError(f"config: {path} holds a {type(choices).__name__}, needs a table")
     for override in overrides:
         key, equals, text = override.partition("=")
         if not equals:
@@ -324,10 +327,13 @@ def _table(cls: Any, choices: Mapping[str, Any], key: str) -> Any:
             close = difflib.get_close_matches(name, kinds, 1, 0.5)
             hint = f"; the nearest is {prefix}{close[0]}" if close else f"; there are {', '.join(kinds)}"
             raise ValueError(f"{prefix}{name}: unknown key{hint}")
+    values = {name: _value(kinds[name], value, f"{prefix}{name}") for name, value in choices.items()}
     try:
-        return cls(**{name: _value(kinds[name], value, f"{prefix}{name}") for name, value in choices.items()})
+        return cls(**values)
     except TypeError as error:  # a field without a default
         raise ValueError(f"{key or 'config'}: {error}") from None
+    except ValueError as error:  # names a field of this table
+        raise ValueError(f"{prefix}{error}") from None
 
 
 def _name(kind: Any) -> str:
