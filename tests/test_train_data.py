@@ -2,6 +2,8 @@
 
 import json
 import subprocess
+from contextlib import nullcontext
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,8 +12,11 @@ from tests.test_data import mp4, shard, shards  # noqa: F401 - fixtures
 from tests.test_pipeline import make
 from tests.test_train import ENVIRONMENT, ROOT, TORCHRUN
 from tests.train_worker import TINY, configure
+from train.config import Model
+from train.data import Encoder, open_source
 from train.fsdp import Trainer
 from train.log import FILE
+from train.parts import Parts
 from train.processes import processes
 from univid.cli import main as univid
 
@@ -75,6 +80,30 @@ def test_how_many_clips_may_be_broken_can_be_chosen(start, clips, tmp_path):
         with pytest.raises(ValueError, match=r"could not be read, more than max_skipped=0\.05 of them"):
             for _ in range(40):
                 trainer.sources["video"].next()
+
+
+def test_clips_are_refused_where_nothing_fits_that_would_encode_them(clips, tmp_path):
+    with (
+        processes(device="cpu") as joined,
+        pytest.raises(
+            ValueError, match=r"^model\.frozen: got none, and untrained ones with context_dim = 128, needs 24"
+        ),
+    ):
+        Trainer(configure(tmp_path, *stream(clips)), joined)
+
+
+def test_two_ranks_have_each_clip_that_passes_once_in_an_epoch(start, shards, tmp_path):  # noqa: F811
+    shown = stream(shards, "min_score.score=2", "batch_size=1", "sizes=[]", "width=48")
+    with processes(device="cpu") as joined:
+        config = configure(tmp_path, f"model.start={start}", *shown).streams["video"]
+        parts = Parts(Model(start=str(start)), torch.float32, joined.device)
+        ranks = [SimpleNamespace(rank=rank, world_size=2, first_before_others=nullcontext) for rank in range(2)]
+        sources = [
+            open_source("video", config, parts.unet(), Encoder(parts, joined.device, 8), one, 0) for one in ranks
+        ]
+        epochs = [[source.next().keys[0] for _ in range(2) for source in sources] for _ in range(3)]
+    assert all(sorted(epoch) == ["00002", "00003", "00004", "00005"] for epoch in epochs)
+    assert len(set(map(tuple, epochs))) > 1
 
 
 def test_a_cache_is_of_a_model(start, shards, tmp_path):  # noqa: F811

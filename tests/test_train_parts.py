@@ -319,6 +319,23 @@ def test_a_stage_starts_from_what_another_one_exported(start, tmp_path):
         assert moved["skipped"] == 0
 
 
+def test_what_does_not_fit_is_refused_before_weights_are_read(start, tmp_path):
+    shutil.copytree(start, tmp_path / "start", ignore=shutil.ignore_patterns("*.safetensors"))
+    towers = tmp_path / "start" / "clip" / "open_clip_config.json"
+    with processes(device="cpu") as joined:
+        for override, message in (
+            ("streams.video.num_frames=25", r"streams\.video\.num_frames: got 25, needs at most "),
+            ("streams.video.width=20", r"streams\.video: got 32x20, needs multiples of \d+, of which "),
+            ("streams.video.source=shapes", r"model\.start: got '.*' with context_dim = 40, needs \d+, as the U-Net$"),
+        ):
+            config = json.loads(towers.read_text())
+            if override == "streams.video.source=shapes":
+                config["model_cfg"]["text_cfg"]["width"] = 40
+                towers.write_text(json.dumps(config))
+            with pytest.raises(ValueError, match=f"^{message}"):
+                Trainer(configure(tmp_path / "run", f"model.start={tmp_path / 'start'}", override), joined)
+
+
 def test_export_says_what_is_missing(tmp_path, capsys):
     assert export_main([str(tmp_path), str(tmp_path / "out")]) == 1
     assert export_main([str(tmp_path)]) == 1

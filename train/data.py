@@ -53,7 +53,9 @@ def open_source(
     )
     with processes.first_before_others():  # it writes the indices that the others read
         dataset = open_dataset(files, encoder.parts.fingerprint)
-    if isinstance(dataset, Cached) and encoder.parts.folder is None and not dataset.random:
+    if not isinstance(dataset, Cached):
+        encoder.parts.check_fits(config)
+    elif encoder.parts.folder is None and not dataset.random:
         raise ValueError(
             f"streams.{name}.source: {stream.source} is a cache, needs the folder of the VAE and CLIP that made it: model.frozen"
         )

@@ -59,14 +59,15 @@ class Trainer:
         dtypes = {"auto": torch.bfloat16 if on_gpu else torch.float32, "bfloat16": torch.bfloat16}
         self.dtype = dtypes.get(config.compute.dtype, torch.float32)
         self.parts = Parts(config.model, self.dtype, device)
-        whole = self.parts.whole()
-        unet = whole.unet.config
+        unet = self.parts.unet()
         trial = all(stream.source == "random" for stream in config.streams.values())
         self.encoder = Encoder(self.parts, device, unet.context_dim, trial)
         check_streams(config.streams, unet, self.encoder.factor)
         rendered = any(stream.source == "shapes" for stream in config.streams.values())
-        if rendered or (config.model.frozen and not trial):
+        if rendered or config.validation.every or (self.parts.folder is not None and not trial):
             self.parts.check_fits(unet)
+        whole = self.parts.whole()
+        unet = whole.unet.config
 
         with torch.device("meta"):
             self.model = Denoiser(unet).train()

@@ -67,6 +67,20 @@ class Parts:
             return find(self.model.start, "model.start")
         return find(self.model.frozen, "model.frozen") if self.model.frozen else None
 
+    @property
+    def clip_source(self) -> str | Path:
+        """What ``load_clip`` takes, where there is a folder."""
+        assert self.folder is not None
+        return self.model.clip if self.model.sd21 else self.folder / "clip"
+
+    def unet(self) -> UNetConfig:
+        """The U-Net's sizes, before its weights are read."""
+        if not self.model.sd21 and not self.model.start:
+            return UNetConfig.load(self.model.unet)
+        assert self.folder is not None
+        path = self.folder / "unet" / "config.json"
+        return UNetConfig.from_diffusers(read_json(path), str(path))
+
     @cached_property
     def factor(self) -> int:
         """Pixels along the side of a latent."""
@@ -76,30 +90,29 @@ class Parts:
 
     def check_fits(self, unet: UNetConfig) -> None:
         """Raises ValueError: the frozen parts are of another size than this U-Net was built for."""
-        if self.model.sd21 or self.model.start:
-            return  # they come from one folder
+        choice = "clip" if self.model.sd21 else "start" if self.model.start else "frozen"
         if self.folder is None:
             shapes = UNetConfig.load("shapes")
             have = {name: getattr(shapes, name) for name in ("in_channels", "context_dim", "image_dim")}
             whose = "none, and untrained ones with"
         else:
-            towers = read_json(self.folder / "clip" / "open_clip_config.json").get("model_cfg") or {}
+            towers = _towers(self.clip_source)
             have = {
                 "in_channels": read_json(self.folder / "vae" / "config.json").get("latent_channels", 4),
                 "context_dim": towers.get("text_cfg", {}).get("width"),
                 "image_dim": towers.get("vision_cfg", {}).get("width"),
             }
-            whose = f"{self.model.frozen!r} with"
+            whose = f"{getattr(self.model, choice)!r} with"
         for name, got in have.items():
             if got != (needed := getattr(unet, name)):
-                raise ValueError(f"model.frozen: got {whose} {name} = {got}, needs {needed}, as the U-Net")
+                raise ValueError(f"model.{choice}: got {whose} {name} = {got}, needs {needed}, as the U-Net")
 
     @cached_property
     def fingerprint(self) -> dict[str, str] | None:
         """Of the frozen encoders, by which a cache knows them; None: untrained ones, which have no files."""
         if self.folder is None:
             return None
-        return fingerprint(self.folder / "vae", self.model.clip if self.model.sd21 else self.folder / "clip")
+        return fingerprint(self.folder / "vae", self.clip_source)
 
     @cached_property
     def scheduler(self) -> dict[str, Any]:
@@ -130,7 +143,7 @@ class Parts:
 
         if self.folder is None:
             return self._untrained.clip.to(self.device, self.dtype)
-        return load_clip(self.model.clip if self.model.sd21 else self.folder / "clip").to(self.device, self.dtype)
+        return load_clip(self.clip_source).to(self.device, self.dtype)
 
     @cached_property
     def _untrained(self) -> UniVidPipeline:
@@ -150,3 +163,13 @@ def _denoiser(unet: UNet, adapter: ImageAdapter) -> Denoiser:
         denoiser = Denoiser(unet.config)
     denoiser.unet, denoiser.adapter = unet, adapter
     return denoiser
+
+
+def _towers(clip: str | Path) -> dict[str, Any]:
+    """The configuration of a CLIP, as ``load_clip`` finds it."""
+    name, _, path = str(clip).rpartition(":")
+    if name:
+        import open_clip
+
+        return open_clip.get_model_config(name) or {}
+    return read_json(Path(path) / "open_clip_config.json").get("model_cfg") or {}
