@@ -11,6 +11,7 @@ import subprocess
 import sys
 import threading
 import time
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -395,10 +396,14 @@ def ranks(process: subprocess.Popen) -> list[int]:
 
 def test_ctrl_c_ends_a_run_in_one_line(tmp_path):
     command = [sys.executable, "train/fsdp.py", *TINY, f"run={tmp_path}", "steps=1000000"]
-    process = subprocess.Popen(command, cwd=ROOT, env=ENVIRONMENT, stderr=subprocess.PIPE, text=True)
-    wait_for(lambda: (tmp_path / FILE).is_file() and losses(tmp_path), process)
-    process.send_signal(signal.SIGINT)
-    _, said = process.communicate(timeout=30)
+    heard = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)  # which what runs in a shell's background ignores
+    process = subprocess.Popen(command, cwd=ROOT, env=ENVIRONMENT, stderr=subprocess.PIPE, text=True, preexec_fn=heard)
+    try:
+        wait_for(lambda: (tmp_path / FILE).is_file() and losses(tmp_path), process)
+        process.send_signal(signal.SIGINT)
+        _, said = process.communicate(timeout=30)
+    finally:
+        process.kill()
     assert process.returncode == 130
     assert "Traceback" not in said
     assert said.splitlines()[-1] == "interrupted: the run goes on from its last checkpoint"
