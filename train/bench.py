@@ -125,8 +125,8 @@ def main(arguments: Sequence[str]) -> int:
     own = dict(a.split("=", 1) for a in arguments if a.startswith(("seconds=", "out=", "processes=")))
     rest = [a for a in arguments if a.split("=", 1)[0] not in own]
     try:
-        seconds = need_numbers("seconds", own.get("seconds", "20"))[0]
-        counts = need_numbers("processes", own.get("processes", "1"))
+        seconds = _numbers("seconds", own.get("seconds", "20"))[0]
+        counts = _numbers("processes", own.get("processes", "1"))
         if "processes" in own:
             scaling([int(n) for n in counts], [a for a in arguments if not a.startswith("processes=")])
             return 0
@@ -143,7 +143,7 @@ def main(arguments: Sequence[str]) -> int:
     return 0
 
 
-def need_numbers(name: str, text: str) -> list[float]:
+def _numbers(name: str, text: str) -> list[float]:
     """Of a list such as ``1,2``. Raises ValueError."""
     if not re.fullmatch(r"\d+(\.\d+)?(,\d+)*", text) or not min(numbers := [float(n) for n in text.split(",")]):
         raise ValueError(f"{name}: got {text!r}, needs numbers > 0")

@@ -31,7 +31,7 @@ class StepGraphs:
     are replays on copies of the inputs. The kinds share their memory, and one set of gradients.
 
     Args:
-        function: computes a loss of nested tuples, dicts and dataclasses of tensors and constants, and its gradients. Whatever
+        function: computes a loss of nested dicts and dataclasses of tensors and constants, and its gradients. Whatever
             tensors it reads beside these stay where they are.
         shards: of the parameters that are trained.
     """
