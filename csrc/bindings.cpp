@@ -8,6 +8,7 @@
 #include <vector>
 
 #include "dual_stream.h"
+#include "group_norm.h"
 #include "pyramid.h"
 #include "temporal.h"
 
@@ -73,6 +74,27 @@ KeyStream key_stream(const KeyStreamArguments& arguments) {
 
 std::array<KeyStream, 2> key_streams(const std::vector<KeyStreamArguments>& streams) {
   return {key_stream(streams.at(0)), streams.size() > 1 ? key_stream(streams[1]) : KeyStream{}};
+}
+
+// M, N, C, G
+using GroupNormSizes = std::array<int64_t, 4>;
+
+GroupNormShape group_norm_shape(const GroupNormSizes& sizes, double eps, bool silu, DType dtype) {
+  const auto [M, N, C, G] = sizes;
+  return {M, N, static_cast<int>(C), static_cast<int>(G), static_cast<float>(eps), silu, dtype};
+}
+
+// (address, stride of M, of N)
+using RowsArguments = std::array<int64_t, 3>;
+
+RowsView rows(const RowsArguments& x) { return {pointer<void>(x[0]), x[1], x[2]}; }
+
+// (address, stride, whether it is float32)
+using ChannelsArguments = std::tuple<int64_t, int64_t, bool>;
+
+ChannelsView channels(const ChannelsArguments& arguments) {
+  const auto& [address, stride, is_float] = arguments;
+  return {pointer<void>(address), stride, is_float};
 }
 
 // Why this module's CUDA runtime cannot use any device, or nothing.
@@ -142,6 +164,32 @@ PYBIND11_MODULE(_csrc, module) {
                                    one_query,
                                    pointer<void>(workspace)},
                                   device, stream_of(stream));
+      },
+      no_gil);
+
+  module.def("group_norm_silu_fits", &group_norm_silu_fits);
+
+  module.def(
+      "group_norm_silu_forward",
+      [](const GroupNormSizes& sizes, double eps, bool silu, DType dtype, const RowsArguments& x,
+         const ChannelsArguments& weight, const ChannelsArguments& bias, uintptr_t out, uintptr_t mean, uintptr_t rstd,
+         int device, uintptr_t stream) {
+        group_norm_silu_forward({group_norm_shape(sizes, eps, silu, dtype), rows(x), channels(weight), channels(bias),
+                                 pointer<void>(out), pointer<float>(mean), pointer<float>(rstd)},
+                                device, stream_of(stream));
+      },
+      no_gil);
+
+  module.def(
+      "group_norm_silu_backward",
+      [](const GroupNormSizes& sizes, double eps, bool silu, DType dtype, const RowsArguments& x,
+         const RowsArguments& grad, const RowsArguments& dx, const ChannelsArguments& weight,
+         const ChannelsArguments& bias, const ChannelsArguments& dweight, const ChannelsArguments& dbias,
+         uintptr_t mean, uintptr_t rstd, uintptr_t sums, int device, uintptr_t stream) {
+        group_norm_silu_backward({group_norm_shape(sizes, eps, silu, dtype), rows(x), rows(grad), rows(dx),
+                                  channels(weight), channels(bias), channels(dweight), channels(dbias),
+                                  pointer<const float>(mean), pointer<const float>(rstd), pointer<float>(sums)},
+                                 device, stream_of(stream));
       },
       no_gil);
 
