@@ -172,7 +172,11 @@ __global__ void __launch_bounds__(kMaxThreads, 2)
 }  // namespace
 
 bool group_norm_silu_fits(int64_t images, int64_t rows, int channels, int groups) {
-  return plan_slabs({images, rows, channels, groups}, kNeeds).groups > 0;
+  const GroupNormShape shape{images, rows, channels, groups};
+  for (int of_slab = 1; of_slab <= groups; of_slab++)
+    for (int blocks = 1; blocks <= kMaxBlocks; blocks *= 2)
+      if (plan_slab(shape, kNeeds, of_slab, blocks).groups > 0) return true;
+  return false;
 }
 
 void group_norm_silu_forward(const GroupNormForward& args, int device, cudaStream_t stream) {

@@ -5,7 +5,8 @@
 // block: it copies them to shared memory and is the only one to read them there, so that nothing but its own copies is
 // waited for, its channels' parameters stay in registers, and whatever the runs, no two threads meet in a bank.
 //
-// Memory is kept busy by the blocks of other slabs on the same SM: plan_slabs() looks for two to six of them.
+// Memory is kept busy by the blocks of other slabs on the same multiprocessor (SM): plan_slabs() looks for three or
+// more.
 #pragma once
 
 #include <cooperative_groups.h>
@@ -57,53 +58,65 @@ struct SlabNeeds {
   int (*table_bytes)(const SlabPlan&);
 };
 
-// The plan that is likely to be the fastest; one of 0 groups where none fits. An estimate: memory is the limit where an
-// SM has some blocks, so that one's loads overlap another's arithmetic, whose runs are whole 32-byte sectors.
-inline SlabPlan plan_slabs(const GroupNormShape& shape, const SlabNeeds& needs) {
-  constexpr int kProcessors = 132, kSharedMemory = 228 << 10, kReserved = 1 << 10, kThreads = 2048;
-  constexpr int kRegisters = 64 << 10, kMinThreads = 128, kMinBytes = 4 << 10, kMaxRows = 1 << 20;
-  constexpr double kOverlap[] = {0, 0.6, 0.85, 0.95, 1};  // by blocks of an SM
-  const int width = shape.channels / shape.groups;
-  SlabPlan best{};
-  double best_score = 0;
-  for (int groups = 1; groups <= shape.groups && groups * width <= kUnit * kMaxUnits; groups++) {
-    if (shape.groups % groups != 0 || groups * width % kUnit != 0) continue;
-    for (int blocks = 1; blocks <= kMaxBlocks && blocks <= shape.rows; blocks *= 2) {
-      const int64_t rows = (shape.rows + blocks - 1) / blocks;
-      SlabPlan plan{groups, blocks, groups * width / kUnit, width, shape.groups / groups};
-      const int64_t grid = shape.images * plan.slabs * blocks;
-      const int run = plan.units * kUnitBytes;
-      if (rows > kMaxRows || grid > INT32_MAX || (blocks > 1 && rows * run < kMinBytes)) continue;
-      plan.rows = static_cast<int>(shape.rows / blocks);
-      plan.more = static_cast<int>(shape.rows % blocks);
-      const int64_t wanted = std::clamp<int64_t>(rows * plan.units / needs.steps, kMinThreads, needs.max_threads);
-      plan.row_threads = static_cast<int>(std::clamp<int64_t>(wanted / plan.units, 1, rows));
-      plan.steps = static_cast<int>((rows + plan.row_threads - 1) / plan.row_threads);
-      plan.row_threads = static_cast<int>((rows + plan.steps - 1) / plan.steps);
-      plan.threads = (plan.workers() + 31) / 32 * 32;
-      const int others = plan.scratch_bytes() + needs.table_bytes(plan);
-      const int room = (kSharedMemory - kReserved - others) / (needs.tensors * plan.workers() * kUnitBytes);
-      plan.kept = std::min(plan.steps, room);
-      if (room < 0 || (plan.kept < plan.steps && !needs.partial)) continue;
-      plan.shared = plan.data_bytes(needs.tensors) + others;
+// An H200's multiprocessors (SM), and what one has.
+constexpr int kProcessors = 132, kSharedMemory = 228 << 10, kRegisters = 64 << 10;
+constexpr int kReserved = 1 << 10;  // shared memory that a block takes beside its own
 
-      const int resident = std::min({kSharedMemory / (plan.shared + kReserved), kThreads / plan.threads,
-                                     kRegisters / (plan.threads * needs.registers)});
-      const double per_processor = static_cast<double>(grid) / kProcessors;
-      const double rounds = per_processor / resident;
-      const double even = rounds <= 1 ? per_processor / std::ceil(per_processor)
-                                      : (1 + rounds / std::ceil(rounds)) / 2;  // later rounds overlap
-      const double at_once = resident * static_cast<double>(plan.data_bytes(needs.tensors));
-      const double enough = std::min(96e3, per_processor * plan.data_bytes(needs.tensors));
-      const double sectors = run % 32 == 0 ? 1 : run / (run + 16.0);
-      const double score = kOverlap[std::min(resident, 4)] * std::min(1.0, at_once / enough) * even * sectors *
-                           (run < 64 ? 0.8 : 1) * std::pow(0.95, std::log2(blocks)) * plan.kept / plan.steps;
-      if (score > best_score) {
-        best_score = score;
+// A plan for slabs of so many groups and clusters of so many blocks, or one of 0 groups where they do not fit.
+inline SlabPlan plan_slab(const GroupNormShape& shape, const SlabNeeds& needs, int groups, int blocks) {
+  constexpr int kMinThreads = 128, kMinBytes = 4 << 10, kMaxRows = 1 << 20;
+  const int width = shape.channels / shape.groups;
+  const int64_t rows = (shape.rows + blocks - 1) / blocks;
+  SlabPlan plan{groups, blocks, groups * width / kUnit, width, shape.groups / groups};
+  if (shape.groups % groups != 0 || groups * width % kUnit != 0 || plan.units > kMaxUnits || blocks > shape.rows ||
+      rows > kMaxRows || (blocks > 1 && rows * plan.units * kUnitBytes < kMinBytes) ||
+      shape.images * plan.slabs * blocks > INT32_MAX)
+    return {};
+  plan.rows = static_cast<int>(shape.rows / blocks);
+  plan.more = static_cast<int>(shape.rows % blocks);
+  const int64_t threads = std::clamp<int64_t>(rows * plan.units / needs.steps, kMinThreads, needs.max_threads);
+  plan.row_threads = static_cast<int>(std::clamp<int64_t>(threads / plan.units, 1, rows));
+  plan.steps = static_cast<int>((rows + plan.row_threads - 1) / plan.row_threads);
+  plan.row_threads = static_cast<int>((rows + plan.steps - 1) / plan.steps);
+  plan.threads = (plan.workers() + 31) / 32 * 32;
+  const int others = plan.scratch_bytes() + needs.table_bytes(plan);
+  const int room = kSharedMemory - kReserved - others;
+  plan.kept = std::min(plan.steps, room / (needs.tensors * plan.workers() * kUnitBytes));
+  if (room <= 0 || plan.kept < (needs.partial ? 1 : plan.steps)) return {};
+  plan.shared = plan.data_bytes(needs.tensors) + others;
+  return plan;
+}
+
+// How fast a plan is likely to be, from 0 to 1. Memory is the limit where an SM has some blocks, so that one's loads
+// overlap another's arithmetic, and where runs are whole 32-byte sectors; clusters cost some waiting.
+inline double estimate(const GroupNormShape& shape, const SlabNeeds& needs, const SlabPlan& plan) {
+  constexpr int kThreads = 2048;
+  constexpr double kOverlap[] = {0, 0.6, 0.85, 0.95, 1};  // by blocks of an SM
+  const int resident = std::min({kSharedMemory / (plan.shared + kReserved), kThreads / plan.threads,
+                                 kRegisters / (plan.threads * needs.registers)});
+  const double bytes = plan.data_bytes(needs.tensors), run = plan.units * kUnitBytes;
+  const double blocks = static_cast<double>(shape.images) * plan.slabs * plan.blocks / kProcessors;  // of an SM
+  const double rounds = blocks / resident;
+  const double even = rounds <= 1 ? blocks / std::ceil(blocks) : (1 + rounds / std::ceil(rounds)) / 2;
+  const double at_once = std::min(1.0, resident * bytes / std::min(96e3, blocks * bytes));
+  const double sectors = plan.units % 2 == 0 ? 1 : run / (run + 16);
+  return kOverlap[std::min(resident, 4)] * even * at_once * sectors * (run < 64 ? 0.8 : 1) *
+         std::pow(0.95, std::log2(plan.blocks)) * plan.kept / plan.steps;
+}
+
+// The plan of the highest estimate; one of 0 groups where none fits.
+inline SlabPlan plan_slabs(const GroupNormShape& shape, const SlabNeeds& needs) {
+  SlabPlan best{};
+  double highest = 0;
+  for (int groups = 1; groups <= shape.groups; groups++)
+    for (int blocks = 1; blocks <= kMaxBlocks; blocks *= 2) {
+      const SlabPlan plan = plan_slab(shape, needs, groups, blocks);
+      if (plan.groups == 0) continue;
+      if (const double speed = estimate(shape, needs, plan); speed > highest) {
+        highest = speed;
         best = plan;
       }
     }
-  }
   return best;
 }
 
