@@ -201,7 +201,7 @@ def measurements(monkeypatch):
     """{(architecture, operator, direction): {class of shapes: backend}}, which a test fills, on a card of its own."""
     held = {}
     monkeypatch.setattr(measured, "choices", lambda *key: held.get(key, {}))
-    monkeypatch.setattr(dispatch, "_architecture", lambda device: device)
+    monkeypatch.setattr(measured, "architecture", lambda device: device)
     return held
 
 

@@ -86,6 +86,78 @@ def test_a_launch(card):
     assert card.measured == []  # there is nothing to choose
 
 
+# --- winners that come with the package -----------------------------------------------------------------------------
+
+
+@pytest.fixture
+def shipped(monkeypatch):
+    """Says what comes with the package for the one kernel there is."""
+
+    def ship(winners):
+        monkeypatch.setattr(Tuned, "_shipped", lambda self, device: winners)
+
+    return ship
+
+
+def test_a_shipped_winner_is_not_measured(card, shipped):
+    shipped({"dtype=bf16 D=64": SMALL.name})  # the slower one, so that it cannot have been measured
+    one = tuned(card)
+    assert call(one) == 16 and card.measured == []
+    card.capturing = True
+    assert call(one, key=KEY | {"D": 128}) == 16  # of another key there is none: the default
+    card.capturing = False
+    assert call(one, key=KEY | {"D": 128}) == 64 and card.measured == [16, 64]
+
+
+def test_what_was_measured_here_comes_before_what_is_shipped(card, shipped):
+    assert call(tuned(card)) == 64
+    shipped({"dtype=bf16 D=64": SMALL.name})
+    assert call(tuned(card)) == 64
+
+
+def test_a_shipped_winner_that_is_no_configuration_any_more(card, shipped):
+    shipped({"dtype=bf16 D=64": "BLOCK=7 num_warps=4 num_stages=2"})
+    assert call(tuned(card)) == 64
+
+
+def test_shipped_winners_are_of_the_kernels_as_they_are(monkeypatch):
+    """By architecture, kernel and source; their configurations are not looked at here, since these follow from keys."""
+    from benchmarks.winners import all_tuned
+
+    kernels = {one.name: one for one in all_tuned()}
+    assert len(kernels) == len(list(all_tuned()))  # a name is of one kernel
+    monkeypatch.setattr(launch, "architecture", lambda device: "sm_90")
+    device = torch.device("cuda", 0)
+    found = {name: one._shipped(device) for name, one in kernels.items()}
+    assert sum(map(bool, found.values())) > 10
+    of_table = launch.shipped()["sm_90"]["kernels"]
+    stale = [name for name, entry in of_table.items() if name not in kernels or entry["source"] != kernels[name].source]
+    assert not stale, "their kernels have changed: take them out of winners.json, or run python -m benchmarks.winners"
+    monkeypatch.setattr(launch, "architecture", lambda device: "sm_100")
+    assert not any(one._shipped(device) for one in kernels.values())
+
+
+def test_source_is_of_what_a_kernel_calls_too():
+    """Two kernels of the same text, of which one calls another function of the same name."""
+    digests = []
+    for value in (1, 2):
+        space = {"__name__": "univid.kernels.triton.some", "triton": triton}
+        helper = triton.jit(_written(f"def helper(x):\n    return x + {value}\n", space))
+        kernel = triton.jit(_written("def kernel(x):\n    helper(x)\n", space | {"helper": helper}))
+        digests.append(Tuned(kernel, lambda key: [SMALL]).source)
+    assert digests[0] != digests[1]
+
+
+def _written(text, space):
+    """A function of a text, whose source can be looked up as that of one in a file."""
+    import linecache
+
+    file = f"<{hash(text)}>"
+    linecache.cache[file] = (len(text), None, text.splitlines(True), file)
+    exec(compile(text, file, "exec"), space)
+    return space[text[4 : text.index("(")]]
+
+
 # --- launched again ---------------------------------------------------------------------------------------------------
 
 

@@ -5,9 +5,15 @@ module's name), direction and class of shapes, the name of a backend. What is no
 on the first backend that can run it.
 """
 
+from __future__ import annotations
+
 import json
 from functools import cache
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import torch
 
 PATH = Path(__file__).with_suffix(".json")
 
@@ -36,6 +42,15 @@ def shape_class(operator: str, **sizes: int | bool) -> str:
         return f"taps = {size}" if name == "taps" else f"{name} <= {1 << (size - 1).bit_length()}"
 
     return ", ".join(map(term, SIZES[operator]))
+
+
+@cache
+def architecture(device: torch.device) -> str:
+    """Of an NVIDIA GPU, as what was measured is filed by."""
+    import torch  # here, so that a report of results does without
+
+    major, minor = torch.cuda.get_device_capability(device)
+    return f"sm_{major}{minor}"
 
 
 @cache

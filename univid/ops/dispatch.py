@@ -14,8 +14,6 @@ from importlib import import_module
 from importlib.util import find_spec
 from typing import Any
 
-import torch
-
 from univid.kernels import measured
 from univid.ops import eager
 
@@ -67,7 +65,7 @@ def measured_fastest(operator: str, call: Any, direction: str = "forward") -> st
     x = call[0]
     if not x.is_cuda or x.element_size() != 2:  # measured in bfloat16
         return None
-    choices = measured.choices(_architecture(x.device), operator, direction)
+    choices = measured.choices(measured.architecture(x.device), operator, direction)
     return choices.get(measured.shape_class(operator, **_SIZES[operator](call))) if choices else None
 
 
@@ -97,12 +95,6 @@ def wanted_by_environment() -> str | None:
 
 def _order(first: str | None) -> tuple[str, ...]:
     return BACKENDS if first is None else (first, *(name for name in BACKENDS if name != first))
-
-
-@cache
-def _architecture(device: torch.device) -> str:
-    major, minor = torch.cuda.get_device_capability(device)
-    return f"sm_{major}{minor}"
 
 
 def _refusal(backend: str, operator: str, call: Any, direction: str) -> str | None:

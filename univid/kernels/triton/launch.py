@@ -2,7 +2,8 @@
 
 ``triton.autotune`` measures anew for every exact size, may measure inside a CUDA graph's capture (which breaks it), and
 is not safe in two threads. ``Tuned`` measures once for a coarse key, never in a capture, and keeps the winners in
-Triton's cache folder.
+Triton's cache folder. Those in ``winners.json`` (``python -m benchmarks.winners`` writes it) need not be measured: to
+compile every configuration of a model's kernels takes minutes.
 
 ``UNIVID_AUTOTUNE=0``, or ``torch.use_deterministic_algorithms(True)``, always takes a kernel's first configuration, as
 the interpreter and captures without a measured winner do.
@@ -16,7 +17,7 @@ import threading
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -24,6 +25,11 @@ import torch
 import triton
 from torch import Tensor
 from triton.compiler import CompiledKernel
+from triton.runtime import JITFunction
+
+from univid.kernels.measured import architecture
+
+WINNERS = Path(__file__).with_name("winners.json")
 
 _HIP = torch.version.hip is not None  # whose compiler takes 32-bit offsets for tensors under 2 GiB
 
@@ -127,8 +133,33 @@ class Tuned:
         return best
 
     def _remembered(self, device: torch.device, key: dict, configs: list[Config]) -> Config | None:
-        name = _read(self._path(device)).get(_text(key))
+        name = self.winners(device).get(_text(key)) or self._shipped(device).get(_text(key))
         return next((config for config in configs if config.name == name), None)
+
+    @property
+    def name(self) -> str:
+        return f"{self._jitted.__module__.rpartition('.')[2]}.{self._jitted.__name__.strip('_')}"
+
+    @property
+    def _jitted(self) -> JITFunction:
+        return self.kernel if isinstance(self.kernel, JITFunction) else self.kernel.kernel  # which launches it
+
+    @cached_property
+    def source(self) -> str:
+        """A digest of the kernel's text and of all it calls in this package, the same with every version of Triton."""
+        texts: dict[str, str] = {}
+        _collect_sources(self._jitted, texts)
+        return hashlib.sha256("".join(texts[name] for name in sorted(texts)).encode()).hexdigest()[:16]
+
+    def winners(self, device: torch.device) -> dict[str, str]:
+        """What was measured here: {key, as text: a configuration's name}."""
+        return _read(self._path(device))
+
+    def _shipped(self, device: torch.device) -> dict[str, str]:
+        if device.type != "cuda" or _HIP:
+            return {}
+        of_kernel = shipped().get(architecture(device), {}).get("kernels", {}).get(self.name)
+        return of_kernel["winners"] if of_kernel and of_kernel["source"] == self.source else {}
 
     def _path(self, device: torch.device) -> Path:
         # The winner holds for this kernel's source, this compiler and this kind of card.
@@ -136,6 +167,23 @@ class Tuned:
         identity = f"{self.kernel.cache_key} {triton.__version__} {card}"
         digest = hashlib.sha256(identity.encode()).hexdigest()[:16]
         return Path(_cache_folder()) / "univid" / f"{self.kernel.__name__.strip('_')}-{digest}.json"
+
+
+def _collect_sources(kernel: JITFunction, texts: dict[str, str]) -> None:
+    name = f"{kernel.__module__}.{kernel.__name__}"
+    if name in texts:
+        return
+    texts[name] = kernel.src
+    for used in kernel.fn.__code__.co_names:
+        other = kernel.fn.__globals__.get(used)
+        if isinstance(other, JITFunction) and other.__module__.startswith("univid."):
+            _collect_sources(other, texts)
+
+
+@cache
+def shipped() -> dict[str, Any]:
+    """The content of ``winners.json``, by architecture."""
+    return json.loads(WINNERS.read_text())
 
 
 def cdiv(a: int, b: int) -> int:
