@@ -127,7 +127,7 @@ def test_doctor(capsys):
         (["x", "--scheduler", "magic"], "scheduler: got 'magic'"),
         (["x", "--image", "nowhere.png"], "nowhere.png does not exist"),
         (["x", "--image", "text.png"], "text.png is not a picture that can be read"),
-        (["x", "-o", "text.png"], "text.png holds one picture, got 2 frames"),
+        (["x", "-o", "text.png"], "text.png holds one picture; .mp4, .gif or a folder's name needed for a video"),
         (["x", "-o", "text.png/clip.mp4"], "text.png does not exist"),
         (["x", "--device", "cuda"], "--device: got 'cuda'; PyTorch finds no GPU here"),
         (["x", "--device", "phone"], "--device: got 'phone'; cuda or cpu needed"),
