@@ -2,6 +2,7 @@
 
 import dataclasses
 import itertools
+import json
 import warnings
 from contextlib import nullcontext
 from pathlib import Path
@@ -10,7 +11,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
+from diffusers import AutoencoderKL, DDIMScheduler, EulerDiscreteScheduler, UNet2DConditionModel
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
@@ -328,6 +329,16 @@ def test_from_sd21(pipe, tmp_path):
     torch.testing.assert_close(latents[-1][:, 0], x, rtol=1e-4, atol=1e-5)
 
 
+def test_latents_are_not_clipped(pipe, tmp_path):
+    """As DDIM would where the folder has another scheduler's configuration, which does not speak of it."""
+    pipe.save_pretrained(tmp_path)
+    EulerDiscreteScheduler.from_config(SCHEDULE).save_pretrained(tmp_path / "scheduler")
+    path = tmp_path / "scheduler" / "scheduler_config.json"
+    path.write_text(json.dumps({key: x for key, x in json.loads(path.read_text()).items() if key != "clip_sample"}))
+    again = UniVidPipeline.from_pretrained(tmp_path)
+    assert not SCHEDULERS["ddim"].from_config(again.scheduler).config.clip_sample
+
+
 @pytest.mark.parametrize(
     ("given", "error"),
     [
@@ -357,6 +368,10 @@ def test_from_sd21(pipe, tmp_path):
         ({"prompt": "x", "guidance_rescale": 2}, "guidance_rescale: got 2"),
         ({"prompt": "x", "text_weight": [1, 2]}, "text_weight: got 2 weights, 3 needed"),
         ({"prompt": "x", "text_weight": {3: 1}}, "text_weight: got weights of level 3"),
+        ({"prompt": "x", "text_weight": None}, "text_weight: got None; a number, or one for every frame, needed"),
+        ({"prompt": "x", "image_weight": "all"}, "image_weight: got 'all'; a number, or one for every frame, needed"),
+        ({"prompt": "x", "image_weight": {1: torch.ones(())}}, r"image_weight: got tensor\(1\.\); a number, or"),
+        ({"prompt": "x", "seed": 2**64}, "seed: got 18446744073709551616; a whole number of 64 bits needed"),
         ({"prompt": ["x", "y"], "image": [RED] * 3}, "image: got 3 images for 2 prompts"),
         ({"image": RED.astype(float)}, "image: got float64"),
         ({"image": "nowhere.png"}, "image: nowhere.png does not exist"),

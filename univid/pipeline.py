@@ -243,6 +243,8 @@ class UniVidPipeline:
         if not with_text and not with_image:
             raise ValueError("prompt, image: both are absent or have weight 0; at least one is needed")
         prompts, pictures, videos = _conditions(prompt, image, num_videos)
+        if not -(2**63) <= seed < 2**63 - videos:
+            raise ValueError(f"seed: got {seed}; a whole number of 64 bits needed")
         plan = passes(with_text, with_image, s.guidance_scale, s.image_guidance_scale)
         with self._clip_on_device():
             text = self._text(prompts, negative_prompt, videos) if with_text else None
@@ -438,7 +440,9 @@ def _picture(image: Picture) -> Tensor:
 
 
 def _scheduler_config(folder: Path) -> dict[str, Any]:
-    return {key: value for key, value in read_json(folder / "scheduler_config.json").items() if not key.startswith("_")}
+    given = read_json(folder / "scheduler_config.json").items()
+    # DDIM clips by default what it takes for pixels; the configuration of another scheduler says nothing of it.
+    return {"clip_sample": False} | {key: value for key, value in given if not key.startswith("_")}
 
 
 def _read_settings(path: Path) -> Settings:
