@@ -1,6 +1,7 @@
 """The command line, in this process."""
 
 import shutil
+import sys
 
 import numpy as np
 import pytest
@@ -137,6 +138,8 @@ def test_doctor(capsys):
         (["x", "--sweep", "0,1"], "PROMPT and --image are needed"),
         (["x", "--image", "red.png", "--sweep", "0,b"], "got 'b'"),
         (["x", "--image", "red.png", "--sweep", "0,nan"], "got 'nan'"),
+        (["x", "--image", "red.png", "--sweep", "0,0:0"], "--sweep: got '0:0'; at least one of text and image"),
+        (["x", "--seed", "99999999999999999999"], "seed: got 99999999999999999999; a whole number of 64 bits needed"),
         (["x", "--image", "red.png", "--sweep", "0,1", "--text-weight", "0.5"], "--text-weight: got 0.5 with --sweep"),
         (["x", "--image", "red.png", "--sweep", "0,1", "--image-weight", "1"], "--image-weight: got 1.0 with --sweep"),
         (["x", "--image", "red.png", "--sweep", "0,1", "--num-videos", "2"], "--num-videos: got 2 with --sweep"),
@@ -220,16 +223,43 @@ def test_interrupted(model, tmp_path, capsys, monkeypatch):
 
     monkeypatch.setattr("univid.model.UNet.forward", interrupt)
     assert main(["generate", "x", "--model", model, "-o", str(tmp_path / "x.mp4")]) == 130
-    assert "nothing was written" in capsys.readouterr().err
+    assert "nothing is half-written" in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("command", [[], ["generate"], ["doctor"], ["bench"], ["info"]])
+@pytest.mark.parametrize("command", ["info", "judge"])
+def test_a_checkpoint_that_is_none(capsys, command):
+    assert main([command, "nowhere"]) == 2
+    assert capsys.readouterr().err.startswith("univid: checkpoint: got 'nowhere'; a checkpoint's folder")
+
+
+def test_bench_without_a_gpu(capsys, monkeypatch):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    assert main(["bench"]) == 2
+    assert capsys.readouterr().err == "univid: bench: PyTorch finds no GPU here; the benchmarks time one\n"
+
+
+@pytest.mark.parametrize(
+    ("command", "package", "extra"),
+    [(["bench"], "pytest", "benchmark"), (["judge", "shapes"], "diffusers", "generate")],
+)
+def test_a_package_that_is_missing(capsys, monkeypatch, command, package, extra):
+    monkeypatch.delitem(sys.modules, "univid.pipeline")
+    monkeypatch.delitem(sys.modules, "univid.judge", raising=False)
+    monkeypatch.setitem(sys.modules, package, None)  # as import sees one that is not there
+    assert main(command) == 2
+    error = capsys.readouterr().err
+    assert package in error
+    assert error.endswith(f"`pip install 'univid[{extra}]'` brings it\n")
+
+
+@pytest.mark.parametrize("command", [[], ["generate"], ["encode"], ["doctor"], ["bench"], ["info"], ["judge"]])
 def test_help(command, capsys):
     with pytest.raises(SystemExit) as stop:
         main([*command, "--help"])
     assert stop.value.code == 0
     printed = capsys.readouterr().out
     assert "usage: univid" in printed
-    if command in ([], ["generate"]):
-        assert "examples:" in printed
+    examples = printed.partition("example")[2].splitlines()[1:]
+    assert examples
+    assert all(line.startswith(" ".join(["  univid", *command])) for line in examples)
