@@ -167,11 +167,22 @@ def test_bad_input(model, picture, tmp_path, capsys, monkeypatch, arguments, err
     assert sorted(tmp_path.iterdir()) == before
 
 
-def test_bad_weight_is_a_usage_error(capsys):
+@pytest.mark.parametrize(
+    ("arguments", "error"),
+    [
+        ([], "univid: the following arguments are required: COMMAND; `univid --help` shows"),
+        (["make"], "univid: argument COMMAND: invalid choice: 'make'"),
+        (["generate", "x", "--text-weight", "much"], "univid generate: argument --text-weight: got 'much'"),
+        (["generate", "x", "--fps", "fast"], "univid generate: argument --fps: invalid float value: 'fast'"),
+    ],
+)
+def test_usage_errors(capsys, arguments, error):
     with pytest.raises(SystemExit) as stop:
-        main(["generate", "x", "--text-weight", "much"])
+        main(arguments)
     assert stop.value.code == 2
-    assert "got 'much'" in capsys.readouterr().err
+    printed = capsys.readouterr().err
+    assert printed.startswith(error)
+    assert len(printed.splitlines()) == 1
 
 
 @pytest.mark.parametrize("part", ["unet", "image_adapter", "vae", "clip"])

@@ -8,7 +8,7 @@ import sys
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 _EXAMPLES = """\
   univid generate "a red star moves left" -o star.gif
@@ -219,9 +219,15 @@ def _score(text: str) -> tuple[str, float]:
         raise argparse.ArgumentTypeError(f"got {text!r}; FIELD=NUMBER needed, such as aesthetic=4.5") from None
 
 
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        """In one line, as every other."""
+        self.exit(2, f"{self.prog}: {message}; `{self.prog} --help` shows what there is\n")
+
+
 def _parser() -> argparse.ArgumentParser:
     form: dict[str, Any] = {"formatter_class": argparse.RawDescriptionHelpFormatter}
-    parser = argparse.ArgumentParser(prog="univid", description=__doc__, epilog=f"examples:\n{_EXAMPLES}", **form)
+    parser = _Parser(prog="univid", description=__doc__, epilog=f"examples:\n{_EXAMPLES}", **form)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
     def command(function: Callable[[argparse.Namespace], int], help: str) -> argparse.ArgumentParser:
