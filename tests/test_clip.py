@@ -93,6 +93,27 @@ def test_own_vocabulary(tmp_path):
     assert torch.equal(again.text(["a red circle"]), clip.text(["a red circle"]))
 
 
+def test_a_vocabulary_that_is_not_the_models(tmp_path):
+    """A file that is missing, of another model, cut or something else: no token without an embedding, or with another's."""
+    merges = gzip.compress("\n".join(["#version", "a b</w>", "c d</w>"]).encode())
+    (tmp_path / VOCABULARY).write_bytes(merges)
+    config = CONFIG | {"text_cfg": CONFIG["text_cfg"] | {"vocab_size": 512 + 2 + 2}}
+    build_clip(config, tmp_path / VOCABULARY).save(tmp_path / "clip")
+    path = tmp_path / "clip" / VOCABULARY
+    for content, error in [
+        (None, f"as there is no {VOCABULARY}, open_clip's vocabulary has 49408 tokens; .*vocab_size is 516$"),
+        (b"", "has 514 tokens; model_cfg's text_cfg.vocab_size is 516$"),
+        (merges[:-12], "is not a whole gzip file of merges"),
+        (b"junk", "is not a whole gzip file of merges"),
+    ]:
+        path.unlink()
+        if content is not None:
+            path.write_bytes(content)
+        with pytest.raises(ValueError, match=f"^clip: .*{error}"):
+            load_clip(tmp_path / "clip")
+        path.touch()
+
+
 def test_long_prompts_are_cut_with_a_warning(clip):
     with pytest.warns(UserWarning, match="100 tokens, 75 fit; this was cut: 'dog"):
         cut = clip.text(["cat " * 75 + "dog " * 25])
