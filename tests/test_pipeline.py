@@ -138,7 +138,9 @@ def test_weights_by_frame_and_level(pipe):
     each = frames(pipe, "a cat", RED, image_weight=[0.5, 0.5, 0.5])
     assert np.abs(each.astype(int) - plain).max() <= 1
     assert not np.array_equal(plain, frames(pipe, "a cat", RED, image_weight=[0.5, 0.5, 2.0]))
-    assert not np.array_equal(plain, frames(pipe, "a cat", RED, image_weight={1: 0.5}))
+    outer = frames(pipe, "a cat", RED, image_weight={1: 0.5})
+    assert not np.array_equal(plain, outer)
+    assert np.array_equal(outer, frames(pipe, "a cat", RED, image_weight={1: 0.5, 2: 1.0}))
 
 
 def test_guidance_is_the_formula(pipe):
@@ -186,9 +188,12 @@ def test_scale_1_needs_no_guidance(pipe, monkeypatch):
     assert sizes == [1, 1]
 
 
-def test_low_memory_agrees(pipe):
+def test_low_memory_agrees(pipe, monkeypatch):
+    """Passes one by one, and frames."""
     slow = make().enable_low_memory()
-    a, b = (frames(p, "a cat", RED).astype(int) for p in (pipe, slow))
+    assert slow.vae.chunk == 1
+    a, (b, sizes) = frames(pipe, "a cat", RED).astype(int), count_passes(slow, monkeypatch, "a cat", RED)
+    assert sizes == [1] * 3 * 2
     assert np.abs(a - b).max() <= 1
     assert np.array_equal(frames(slow, "a cat", RED), b)  # CLIP came back whole
 
@@ -261,6 +266,22 @@ def test_save_and_load(pipe, tmp_path):
         (tmp_path / "model" / part / name).unlink(missing_ok=True)
     with pytest.raises(FileNotFoundError, match=r"unet/config\.json"):
         UniVidPipeline.from_pretrained(tmp_path / "model")
+
+
+@pytest.mark.parametrize(
+    ("choices", "error"),
+    [
+        ('{"stepz": 8}', "unknown key 'stepz'"),
+        ('{"fps": "8"}', "fps: got '8', needs float"),
+        ('{"steps": 2.5}', "steps: got 2.5, needs int"),
+        ("{", "is not JSON"),
+    ],
+)
+def test_bad_settings(pipe, tmp_path, choices, error):
+    pipe.save_pretrained(tmp_path)
+    (tmp_path / "generation.json").write_text(choices)
+    with pytest.raises(ValueError, match=rf"generation\.json.*{error}"):
+        UniVidPipeline.from_pretrained(tmp_path)
 
 
 def test_saving_replaces_all_or_nothing(pipe, tmp_path, monkeypatch):
@@ -407,6 +428,9 @@ def test_autoencoder(pipe, tmp_path, names):
             load_autoencoder(tmp_path)
     (tmp_path / "config.json").write_text('{"block_out_channels": 5}')
     with pytest.raises(ValueError, match="is not of diffusers' AutoencoderKL"):
+        load_autoencoder(tmp_path)
+    (tmp_path / "config.json").write_text('{"block_out_channels": [3]}')
+    with pytest.raises(ValueError, match=r"config\.json is not of diffusers' AutoencoderKL: num_channels \(3\)"):
         load_autoencoder(tmp_path)
 
 

@@ -28,6 +28,7 @@ from univid.data.tensors import read_json
 from univid.graphs import Graphed, Pace, graph_key
 from univid.guidance import Pass, Weight, absent, by_level, guide, passes
 from univid.model import ImageAdapter, UNet, load_sd21
+from univid.model.config import typed
 
 SCHEDULERS = {"ddim": DDIMScheduler, "dpm++": DPMSolverMultistepScheduler, "euler": EulerDiscreteScheduler}
 SETTINGS = "generation.json"
@@ -449,4 +450,9 @@ def _read_settings(path: Path) -> Settings:
     choices = read_json(path) if path.is_file() else {}
     if unknown := sorted(choices.keys() - {field.name for field in fields(Settings)}):
         raise ValueError(f"{path}: unknown key {unknown[0]!r}")
-    return Settings(**choices)
+    try:
+        return Settings(
+            **{f.name: typed(f.name, choices[f.name], f.default) for f in fields(Settings) if f.name in choices}
+        )
+    except TypeError as error:
+        raise ValueError(f"{path}: {error}") from None
