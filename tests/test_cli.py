@@ -43,6 +43,37 @@ def test_generate(model, picture, tmp_path, capsys, name):
         assert sorted(path.name for path in output.iterdir()) == ["0000.png", "0001.png", "0002.png"]
 
 
+def test_every_option_reaches_the_pipeline(model, picture, tmp_path, monkeypatch):
+    options = {
+        "image": picture,
+        "negative_prompt": "blurry",
+        "num_frames": 5,
+        "height": 32,
+        "width": 48,
+        "fps": 12.5,
+        "steps": 7,
+        "scheduler": "euler",
+        "guidance_scale": 6.5,
+        "image_guidance_scale": 2.5,
+        "guidance_rescale": 0.3,
+        "text_weight": 0.4,
+        "image_weight": 0.6,
+        "seed": 11,
+        "num_videos": 2,
+    }
+    got = {}
+
+    def call(self, **settings):
+        got.update(settings, low_memory=self.low_memory)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("univid.pipeline.UniVidPipeline.__call__", call)
+    flags = [word for name, value in options.items() for word in (f"--{name.replace('_', '-')}", str(value))]
+    arguments = ["a cat", "--model", model, "-o", str(tmp_path / "x.mp4"), "--low-memory", *flags]
+    assert main(["generate", *arguments]) == 130
+    assert got == options | {"prompt": "a cat", "low_memory": True}
+
+
 def test_weights(model, picture, tmp_path):
     made = []
     for more in ([], ["--image-weight", "0"], ["--image-weight", "1=0,2=0"], ["--image-weight", "0,0,1"]):

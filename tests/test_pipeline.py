@@ -146,7 +146,8 @@ def test_weights_by_frame_and_level(pipe):
 def test_guidance_is_the_formula(pipe):
     """A step with all passes at once, against the formula on one U-Net evaluation each."""
     steps = []
-    pipe("a cat", RED, negative_prompt="bad", steps=1, progress=False, callback=lambda *s: steps.append(s))
+    given = {"negative_prompt": "bad", "steps": 1, "guidance_scale": 4.5, "image_guidance_scale": 2.5}
+    pipe("a cat", RED, **given, progress=False, callback=lambda *s: steps.append(s))
     text = pipe.clip.text(["a cat", "bad"])
     image = pipe.adapter(pipe.clip.image(torch.from_numpy(RED).permute(2, 0, 1)[None] / 255))
     scheduler = DDIMScheduler.from_config(pipe.scheduler)
@@ -157,7 +158,7 @@ def test_guidance_is_the_formula(pipe):
             x, scheduler.timesteps, text, image, image_weight=weight, fps=4
         )
         none, shown, both = e(text[1:], 0), e(text[1:], 1.0), e(text[:1], 1.0)
-        guided = none + 2.0 * (shown - none) + 3.0 * (both - shown)
+        guided = none + 2.5 * (shown - none) + 4.5 * (both - shown)
         expected = scheduler.step(guided, scheduler.timesteps[0], x).prev_sample
     step, total, latents = steps[0]
     assert (step, total) == (1, 1)
