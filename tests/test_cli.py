@@ -1,6 +1,7 @@
 """The command line, in this process."""
 
 import shutil
+import sys
 
 import numpy as np
 import pytest
@@ -40,6 +41,37 @@ def test_generate(model, picture, tmp_path, capsys, name):
         assert read_video(output)[0].shape == (3, 16, 32, 3)
     else:
         assert sorted(path.name for path in output.iterdir()) == ["0000.png", "0001.png", "0002.png"]
+
+
+def test_every_option_reaches_the_pipeline(model, picture, tmp_path, monkeypatch):
+    options = {
+        "image": picture,
+        "negative_prompt": "blurry",
+        "num_frames": 5,
+        "height": 32,
+        "width": 48,
+        "fps": 12.5,
+        "steps": 7,
+        "scheduler": "euler",
+        "guidance_scale": 6.5,
+        "image_guidance_scale": 2.5,
+        "guidance_rescale": 0.3,
+        "text_weight": 0.4,
+        "image_weight": 0.6,
+        "seed": 11,
+        "num_videos": 2,
+    }
+    got = {}
+
+    def call(self, **settings):
+        got.update(settings, low_memory=self.low_memory)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("univid.pipeline.UniVidPipeline.__call__", call)
+    flags = [word for name, value in options.items() for word in (f"--{name.replace('_', '-')}", str(value))]
+    arguments = ["a cat", "--model", model, "-o", str(tmp_path / "x.mp4"), "--low-memory", *flags]
+    assert main(["generate", *arguments]) == 130
+    assert got == options | {"prompt": "a cat", "low_memory": True}
 
 
 def test_weights(model, picture, tmp_path):
@@ -127,7 +159,7 @@ def test_doctor(capsys):
         (["x", "--scheduler", "magic"], "scheduler: got 'magic'"),
         (["x", "--image", "nowhere.png"], "nowhere.png does not exist"),
         (["x", "--image", "text.png"], "text.png is not a picture that can be read"),
-        (["x", "-o", "text.png"], "text.png holds one picture, got 2 frames"),
+        (["x", "-o", "text.png"], "text.png holds one picture; .mp4, .gif or a folder's name needed for a video"),
         (["x", "-o", "text.png/clip.mp4"], "text.png does not exist"),
         (["x", "--device", "cuda"], "--device: got 'cuda'; PyTorch finds no GPU here"),
         (["x", "--device", "phone"], "--device: got 'phone'; cuda or cpu needed"),
@@ -137,6 +169,8 @@ def test_doctor(capsys):
         (["x", "--sweep", "0,1"], "PROMPT and --image are needed"),
         (["x", "--image", "red.png", "--sweep", "0,b"], "got 'b'"),
         (["x", "--image", "red.png", "--sweep", "0,nan"], "got 'nan'"),
+        (["x", "--image", "red.png", "--sweep", "0,0:0"], "--sweep: got '0:0'; at least one of text and image"),
+        (["x", "--seed", "99999999999999999999"], "seed: got 99999999999999999999; a whole number of 64 bits needed"),
         (["x", "--image", "red.png", "--sweep", "0,1", "--text-weight", "0.5"], "--text-weight: got 0.5 with --sweep"),
         (["x", "--image", "red.png", "--sweep", "0,1", "--image-weight", "1"], "--image-weight: got 1.0 with --sweep"),
         (["x", "--image", "red.png", "--sweep", "0,1", "--num-videos", "2"], "--num-videos: got 2 with --sweep"),
@@ -164,11 +198,22 @@ def test_bad_input(model, picture, tmp_path, capsys, monkeypatch, arguments, err
     assert sorted(tmp_path.iterdir()) == before
 
 
-def test_bad_weight_is_a_usage_error(capsys):
+@pytest.mark.parametrize(
+    ("arguments", "error"),
+    [
+        ([], "univid: the following arguments are required: COMMAND; `univid --help` shows"),
+        (["make"], "univid: argument COMMAND: invalid choice: 'make'"),
+        (["generate", "x", "--text-weight", "much"], "univid generate: argument --text-weight: got 'much'"),
+        (["generate", "x", "--fps", "fast"], "univid generate: argument --fps: invalid float value: 'fast'"),
+    ],
+)
+def test_usage_errors(capsys, arguments, error):
     with pytest.raises(SystemExit) as stop:
-        main(["generate", "x", "--text-weight", "much"])
+        main(arguments)
     assert stop.value.code == 2
-    assert "got 'much'" in capsys.readouterr().err
+    printed = capsys.readouterr().err
+    assert printed.startswith(error)
+    assert len(printed.splitlines()) == 1
 
 
 @pytest.mark.parametrize("part", ["unet", "image_adapter", "vae", "clip"])
@@ -220,16 +265,43 @@ def test_interrupted(model, tmp_path, capsys, monkeypatch):
 
     monkeypatch.setattr("univid.model.UNet.forward", interrupt)
     assert main(["generate", "x", "--model", model, "-o", str(tmp_path / "x.mp4")]) == 130
-    assert "nothing was written" in capsys.readouterr().err
+    assert "nothing is half-written" in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("command", [[], ["generate"], ["doctor"], ["bench"], ["info"]])
+@pytest.mark.parametrize("command", ["info", "judge"])
+def test_a_checkpoint_that_is_none(capsys, command):
+    assert main([command, "nowhere"]) == 2
+    assert capsys.readouterr().err.startswith("univid: checkpoint: got 'nowhere'; a checkpoint's folder")
+
+
+def test_bench_without_a_gpu(capsys, monkeypatch):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    assert main(["bench"]) == 2
+    assert capsys.readouterr().err == "univid: bench: PyTorch finds no GPU here; the benchmarks time one\n"
+
+
+@pytest.mark.parametrize(
+    ("command", "package", "extra"),
+    [(["bench"], "pytest", "benchmark"), (["judge", "shapes"], "diffusers", "generate")],
+)
+def test_a_package_that_is_missing(capsys, monkeypatch, command, package, extra):
+    monkeypatch.delitem(sys.modules, "univid.pipeline")
+    monkeypatch.delitem(sys.modules, "univid.judge", raising=False)
+    monkeypatch.setitem(sys.modules, package, None)  # as import sees one that is not there
+    assert main(command) == 2
+    error = capsys.readouterr().err
+    assert package in error
+    assert error.endswith(f"`pip install 'univid[{extra}]'` brings it\n")
+
+
+@pytest.mark.parametrize("command", [[], ["generate"], ["encode"], ["doctor"], ["bench"], ["info"], ["judge"]])
 def test_help(command, capsys):
     with pytest.raises(SystemExit) as stop:
         main([*command, "--help"])
     assert stop.value.code == 0
     printed = capsys.readouterr().out
     assert "usage: univid" in printed
-    if command in ([], ["generate"]):
-        assert "examples:" in printed
+    examples = printed.partition("example")[2].splitlines()[1:]
+    assert examples
+    assert all(line.startswith(" ".join(["  univid", *command])) for line in examples)

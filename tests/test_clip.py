@@ -3,9 +3,11 @@
 import gzip
 import json
 
+import numpy as np
 import pytest
 import torch
 from open_clip import tokenizer
+from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from univid.data.cache import _hash
@@ -51,6 +53,17 @@ def test_images_of_any_size_are_not_cropped(clip):
     assert not torch.allclose(clip.image(pixels), clip.image(marked))
 
 
+def test_images_are_resized_as_pillow_does(clip):
+    """Bicubic, antialiased, and nothing blacker than black, smaller and larger."""
+    for size in ((90, 50), (14, 20)):
+        rgb = np.random.default_rng(0).integers(2, size=(*size, 3), dtype=np.uint8) * 255
+        resized = np.asarray(Image.fromarray(rgb).resize((28, 28), Image.Resampling.BICUBIC))
+        a, b = (clip.image(torch.from_numpy(x.copy()).permute(2, 0, 1)[None] / 255) for x in (rgb, resized))
+        assert (
+            a - b
+        ).norm() < 0.06 * b.norm()  # pillow rounds in between; bilinear is 0.13 away, unclamped values 0.085
+
+
 def test_save_and_load(clip, tmp_path):
     clip.save(tmp_path / "clip")
     again = load_clip(tmp_path / "clip")
@@ -91,6 +104,27 @@ def test_own_vocabulary(tmp_path):
     again = load_clip(tmp_path / "clip")
     assert again.tokenizer.vocab_size == clip.tokenizer.vocab_size == 512 + 199 + 2
     assert torch.equal(again.text(["a red circle"]), clip.text(["a red circle"]))
+
+
+def test_a_vocabulary_that_is_not_the_models(tmp_path):
+    """A file that is missing, of another model, cut or something else: no token without an embedding, or with another's."""
+    merges = gzip.compress("\n".join(["#version", "a b</w>", "c d</w>"]).encode())
+    (tmp_path / VOCABULARY).write_bytes(merges)
+    config = CONFIG | {"text_cfg": CONFIG["text_cfg"] | {"vocab_size": 512 + 2 + 2}}
+    build_clip(config, tmp_path / VOCABULARY).save(tmp_path / "clip")
+    path = tmp_path / "clip" / VOCABULARY
+    for content, error in [
+        (None, f"as there is no {VOCABULARY}, open_clip's vocabulary has 49408 tokens; .*vocab_size is 516$"),
+        (b"", "has 514 tokens; model_cfg's text_cfg.vocab_size is 516$"),
+        (merges[:-12], "is not a whole gzip file of merges"),
+        (b"junk", "is not a whole gzip file of merges"),
+    ]:
+        path.unlink()
+        if content is not None:
+            path.write_bytes(content)
+        with pytest.raises(ValueError, match=f"^clip: .*{error}"):
+            load_clip(tmp_path / "clip")
+        path.touch()
 
 
 def test_long_prompts_are_cut_with_a_warning(clip):

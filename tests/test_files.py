@@ -45,6 +45,15 @@ def test_gif(tmp_path, frames):
     assert psnr(read, frames) > 22  # 256 colours
 
 
+@pytest.mark.parametrize("fps", [8, 15, 24, 30])
+def test_gif_is_as_long_as_it_should_be(tmp_path, frames, fps):
+    """To a hundredth of a second, though no frame of it can last 1/fps."""
+    with Image.open(write_frames(frames, tmp_path / "clip.gif", fps)) as gif:
+        durations = [gif.seek(i) or gif.info["duration"] for i in range(gif.n_frames)]
+    assert len(durations) == len(frames)
+    assert sum(durations) == pytest.approx(1000 * len(frames) / fps, abs=5)
+
+
 @pytest.mark.parametrize("name", ["clip.mp4", "clip.gif"])
 @pytest.mark.parametrize("fps", [float("nan"), float("inf"), 0, -8, 1e9, 1e-5])
 def test_absurd_fps(tmp_path, frames, name, fps):
@@ -86,18 +95,24 @@ def test_image_with_transparency_and_orientation(tmp_path):
     ("name", "num_frames", "error"),
     [
         ("clip.avi", 2, "ends in '.avi'"),
-        ("frame.png", 2, "holds one picture, got 2 frames"),
+        ("frame.png", 2, "holds one picture; .* needed for a video, or num_frames = 1"),
         ("nowhere/clip.mp4", 2, "nowhere does not exist"),
         ("notes", 2, "holds other things"),
         ("plain", 2, "is a file; a folder's name needed"),
+        (".", 2, "a name of its own needed"),
+        ("empty/..", 2, "a name of its own needed"),
+        ("/proc/clip.mp4", 2, "cannot be written|does not exist"),  # though root has the permission
     ],
 )
-def test_unwritable(tmp_path, name, num_frames, error):
+def test_unwritable(tmp_path, monkeypatch, name, num_frames, error):
+    (tmp_path / "empty").mkdir()
+    monkeypatch.chdir(tmp_path / "empty")
     (tmp_path / "notes").mkdir()
     (tmp_path / "notes" / "text.txt").write_text("keep me")
     (tmp_path / "plain").write_text("keep me")
     with pytest.raises((ValueError, OSError), match=error):
-        check_writable(tmp_path / name, num_frames)
+        check_writable(name if name == "." else tmp_path / name, num_frames)
+    assert not list((tmp_path / "empty").iterdir())
 
 
 def test_bad_frames_write_nothing(tmp_path, frames):

@@ -2,6 +2,7 @@
 
 import dataclasses
 import itertools
+import json
 import warnings
 from contextlib import nullcontext
 from pathlib import Path
@@ -10,7 +11,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
+from diffusers import AutoencoderKL, DDIMScheduler, EulerDiscreteScheduler, UNet2DConditionModel
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
@@ -137,13 +138,16 @@ def test_weights_by_frame_and_level(pipe):
     each = frames(pipe, "a cat", RED, image_weight=[0.5, 0.5, 0.5])
     assert np.abs(each.astype(int) - plain).max() <= 1
     assert not np.array_equal(plain, frames(pipe, "a cat", RED, image_weight=[0.5, 0.5, 2.0]))
-    assert not np.array_equal(plain, frames(pipe, "a cat", RED, image_weight={1: 0.5}))
+    outer = frames(pipe, "a cat", RED, image_weight={1: 0.5})
+    assert not np.array_equal(plain, outer)
+    assert np.array_equal(outer, frames(pipe, "a cat", RED, image_weight={1: 0.5, 2: 1.0}))
 
 
 def test_guidance_is_the_formula(pipe):
     """A step with all passes at once, against the formula on one U-Net evaluation each."""
     steps = []
-    pipe("a cat", RED, negative_prompt="bad", steps=1, progress=False, callback=lambda *s: steps.append(s))
+    given = {"negative_prompt": "bad", "steps": 1, "guidance_scale": 4.5, "image_guidance_scale": 2.5}
+    pipe("a cat", RED, **given, progress=False, callback=lambda *s: steps.append(s))
     text = pipe.clip.text(["a cat", "bad"])
     image = pipe.adapter(pipe.clip.image(torch.from_numpy(RED).permute(2, 0, 1)[None] / 255))
     scheduler = DDIMScheduler.from_config(pipe.scheduler)
@@ -154,7 +158,7 @@ def test_guidance_is_the_formula(pipe):
             x, scheduler.timesteps, text, image, image_weight=weight, fps=4
         )
         none, shown, both = e(text[1:], 0), e(text[1:], 1.0), e(text[:1], 1.0)
-        guided = none + 2.0 * (shown - none) + 3.0 * (both - shown)
+        guided = none + 2.5 * (shown - none) + 4.5 * (both - shown)
         expected = scheduler.step(guided, scheduler.timesteps[0], x).prev_sample
     step, total, latents = steps[0]
     assert (step, total) == (1, 1)
@@ -185,9 +189,12 @@ def test_scale_1_needs_no_guidance(pipe, monkeypatch):
     assert sizes == [1, 1]
 
 
-def test_low_memory_agrees(pipe):
+def test_low_memory_agrees(pipe, monkeypatch):
+    """Passes one by one, and frames."""
     slow = make().enable_low_memory()
-    a, b = (frames(p, "a cat", RED).astype(int) for p in (pipe, slow))
+    assert slow.vae.chunk == 1
+    a, (b, sizes) = frames(pipe, "a cat", RED).astype(int), count_passes(slow, monkeypatch, "a cat", RED)
+    assert sizes == [1] * 3 * 2
     assert np.abs(a - b).max() <= 1
     assert np.array_equal(frames(slow, "a cat", RED), b)  # CLIP came back whole
 
@@ -262,6 +269,22 @@ def test_save_and_load(pipe, tmp_path):
         UniVidPipeline.from_pretrained(tmp_path / "model")
 
 
+@pytest.mark.parametrize(
+    ("choices", "error"),
+    [
+        ('{"stepz": 8}', "unknown key 'stepz'"),
+        ('{"fps": "8"}', "fps: got '8', needs float"),
+        ('{"steps": 2.5}', "steps: got 2.5, needs int"),
+        ("{", "is not JSON"),
+    ],
+)
+def test_bad_settings(pipe, tmp_path, choices, error):
+    pipe.save_pretrained(tmp_path)
+    (tmp_path / "generation.json").write_text(choices)
+    with pytest.raises(ValueError, match=rf"generation\.json.*{error}"):
+        UniVidPipeline.from_pretrained(tmp_path)
+
+
 def test_saving_replaces_all_or_nothing(pipe, tmp_path, monkeypatch):
     folder = tmp_path / "model"
     pipe.save_pretrained(folder)
@@ -328,6 +351,16 @@ def test_from_sd21(pipe, tmp_path):
     torch.testing.assert_close(latents[-1][:, 0], x, rtol=1e-4, atol=1e-5)
 
 
+def test_latents_are_not_clipped(pipe, tmp_path):
+    """As DDIM would where the folder has another scheduler's configuration, which does not speak of it."""
+    pipe.save_pretrained(tmp_path)
+    EulerDiscreteScheduler.from_config(SCHEDULE).save_pretrained(tmp_path / "scheduler")
+    path = tmp_path / "scheduler" / "scheduler_config.json"
+    path.write_text(json.dumps({key: x for key, x in json.loads(path.read_text()).items() if key != "clip_sample"}))
+    again = UniVidPipeline.from_pretrained(tmp_path)
+    assert not SCHEDULERS["ddim"].from_config(again.scheduler).config.clip_sample
+
+
 @pytest.mark.parametrize(
     ("given", "error"),
     [
@@ -357,6 +390,10 @@ def test_from_sd21(pipe, tmp_path):
         ({"prompt": "x", "guidance_rescale": 2}, "guidance_rescale: got 2"),
         ({"prompt": "x", "text_weight": [1, 2]}, "text_weight: got 2 weights, 3 needed"),
         ({"prompt": "x", "text_weight": {3: 1}}, "text_weight: got weights of level 3"),
+        ({"prompt": "x", "text_weight": None}, "text_weight: got None; a number, or one for every frame, needed"),
+        ({"prompt": "x", "image_weight": "all"}, "image_weight: got 'all'; a number, or one for every frame, needed"),
+        ({"prompt": "x", "image_weight": {1: torch.ones(())}}, r"image_weight: got tensor\(1\.\); a number, or"),
+        ({"prompt": "x", "seed": 2**64}, "seed: got 18446744073709551616; a whole number of 64 bits needed"),
         ({"prompt": ["x", "y"], "image": [RED] * 3}, "image: got 3 images for 2 prompts"),
         ({"image": RED.astype(float)}, "image: got float64"),
         ({"image": "nowhere.png"}, "image: nowhere.png does not exist"),
@@ -392,6 +429,9 @@ def test_autoencoder(pipe, tmp_path, names):
             load_autoencoder(tmp_path)
     (tmp_path / "config.json").write_text('{"block_out_channels": 5}')
     with pytest.raises(ValueError, match="is not of diffusers' AutoencoderKL"):
+        load_autoencoder(tmp_path)
+    (tmp_path / "config.json").write_text('{"block_out_channels": [3]}')
+    with pytest.raises(ValueError, match=r"config\.json is not of diffusers' AutoencoderKL: num_channels \(3\)"):
         load_autoencoder(tmp_path)
 
 

@@ -8,16 +8,17 @@ import sys
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 _EXAMPLES = """\
-examples:
-  univid generate "a red circle moves to the right" -o circle.mp4
-  univid generate --image start.png --model path/to/univid -o clip.gif
-  univid generate "a cat in the snow" --image cat.png --sweep 0,0.5,1 -o sweep.mp4
+  univid generate "a red star moves left" -o star.gif
+  univid generate --image start.png --model path/to/univid -o clip.mp4
+  univid generate "a cat in the snow" --image cat.png --sweep 0,0.5,1 --model path/to/univid -o sweep.mp4
   univid encode clips/ -o latents --model path/to/univid
   univid doctor
-  univid info path/to/univid
+  univid bench
+  univid info shapes
+  univid judge shapes
 """
 
 
@@ -28,7 +29,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         return options.command(options)
     except KeyboardInterrupt:
-        print("univid: stopped; nothing was written", file=sys.stderr)
+        print("univid: stopped; nothing is half-written", file=sys.stderr)
         return 130
     except (ValueError, TypeError, OSError) as error:
         print(f"univid: {error}", file=sys.stderr)
@@ -38,7 +39,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"univid: {str(error).partition(chr(10))[0]}{more}", file=sys.stderr)
         return 2
     except ImportError as error:
-        print(f"univid: {error}; `pip install 'univid[generate]'` brings what generating needs", file=sys.stderr)
+        extra = "benchmark" if options.command is bench else "generate"
+        print(f"univid: {error}; `pip install 'univid[{extra}]'` brings it", file=sys.stderr)
         return 2
 
 
@@ -113,7 +115,7 @@ def doctor(options: argparse.Namespace) -> int:
 def info(options: argparse.Namespace) -> int:
     from univid.checkpoint import describe, find
 
-    print(describe(find(options.checkpoint)))
+    print(describe(find(options.checkpoint, "checkpoint")))
     return 0
 
 
@@ -126,7 +128,7 @@ def judge(options: argparse.Namespace) -> int:
 
     device = _device(options.device)
     dtype = torch.float32 if device == "cpu" else torch.bfloat16
-    pipe = UniVidPipeline.from_pretrained(find(options.checkpoint), torch_dtype=dtype).to(device)
+    pipe = UniVidPipeline.from_pretrained(find(options.checkpoint, "checkpoint"), torch_dtype=dtype).to(device)
     settings = {name: getattr(options, name) for name in ("count", "pairs", "batch", "steps", "seed")}
     print(examine(Examination(pipe, **settings), options.sets.split(","), Path(options.output)))
     return 0
@@ -139,7 +141,10 @@ def bench(options: argparse.Namespace) -> int:
             "bench: the benchmarks are part of the repository, not of the package; run it in a clone"
         )
     import pytest
+    import torch
 
+    if not torch.cuda.is_available():  # pytest would skip every row, and call that a success
+        raise ValueError("bench: PyTorch finds no GPU here; the benchmarks time one")
     return int(pytest.main([str(root), "--quick"]))
 
 
@@ -178,6 +183,8 @@ def _sweep(options: argparse.Namespace) -> list[tuple[float, float]]:
                 raise ValueError
         except ValueError:
             raise ValueError(f"--sweep: got {entry!r}; numbers, or text:image pairs such as 0.5:1, needed") from None
+        if text == image == 0:
+            raise ValueError(f"--sweep: got {entry!r}; at least one of text and image needs a weight")
         pairs.append((text, image))
     return pairs
 
@@ -212,17 +219,26 @@ def _score(text: str) -> tuple[str, float]:
         raise argparse.ArgumentTypeError(f"got {text!r}; FIELD=NUMBER needed, such as aesthetic=4.5") from None
 
 
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        """In one line, as every other."""
+        self.exit(2, f"{self.prog}: {message}; `{self.prog} --help` shows what there is\n")
+
+
 def _parser() -> argparse.ArgumentParser:
     form: dict[str, Any] = {"formatter_class": argparse.RawDescriptionHelpFormatter}
-    parser = argparse.ArgumentParser(prog="univid", description=__doc__, epilog=_EXAMPLES, **form)
+    parser = _Parser(prog="univid", description=__doc__, epilog=f"examples:\n{_EXAMPLES}", **form)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
-    def command(function: Callable[[argparse.Namespace], int], help: str, **more) -> argparse.ArgumentParser:
-        added = commands.add_parser(function.__name__, help=help, description=help, **more)
+    def command(function: Callable[[argparse.Namespace], int], help: str) -> argparse.ArgumentParser:
+        name = function.__name__
+        own = [line for line in _EXAMPLES.splitlines() if line.startswith(f"  univid {name}")]
+        epilog = "\n".join(["examples:" if len(own) > 1 else "example:", *own])
+        added = commands.add_parser(name, help=help, description=help, epilog=epilog, **form)
         added.set_defaults(command=function)
         return added
 
-    make = command(generate, "Make a video from a text, a picture, or both.", epilog=_EXAMPLES, **form)
+    make = command(generate, "Make a video from a text, a picture, or both.")
     make.add_argument("prompt", nargs="?", metavar="PROMPT", help="what the video shows")
     make.add_argument("--image", metavar="FILE", help="a picture of what the video shows")
     make.add_argument("--model", default="shapes", help="a checkpoint's folder, or one that ships (default: shapes)")
@@ -230,15 +246,6 @@ def _parser() -> argparse.ArgumentParser:
         "-o", "--output", default="video.mp4", help=".mp4, .gif, .png, or a folder for png files (default: video.mp4)"
     )
     make.add_argument("--negative-prompt", default="", metavar="TEXT", help="what it should not show")
-    make.add_argument("--num-frames", type=int, metavar="T")
-    make.add_argument("--height", type=int, metavar="PIXELS")
-    make.add_argument("--width", type=int, metavar="PIXELS")
-    make.add_argument("--fps", type=float)
-    make.add_argument("--steps", type=int, help="sampling steps")
-    make.add_argument("--scheduler", help="ddim, dpm++ or euler")
-    make.add_argument("--guidance-scale", type=float, metavar="S", help="of the text")
-    make.add_argument("--image-guidance-scale", type=float, metavar="S")
-    make.add_argument("--guidance-rescale", type=float, metavar="PHI", help="0 to 1")
     make.add_argument(
         "--text-weight", type=_weight, metavar="W", help="a number; 0,0.5,1 by frame; 1=0.5,8=2 by level (default: 1)"
     )
@@ -246,10 +253,20 @@ def _parser() -> argparse.ArgumentParser:
     make.add_argument(
         "--sweep", metavar="W,W,…", help="a labelled grid over text weights (image weight 1 - W), or text:image pairs"
     )
-    make.add_argument("--seed", type=int, default=0)
-    make.add_argument("--num-videos", type=int, default=1, metavar="V")
+    make.add_argument("--seed", type=int, default=0, help="of the first video; the next has the next (default: 0)")
+    make.add_argument("--num-videos", type=int, default=1, metavar="V", help="of several each has a number in its name")
     make.add_argument("--device", help="cuda or cpu (default: the GPU, if there is one)")
-    make.add_argument("--low-memory", action="store_true", help="slower, in about half the GPU memory")
+    make.add_argument("--low-memory", action="store_true", help="slower, in less GPU memory")
+    kept = make.add_argument_group("by default the checkpoint's")
+    kept.add_argument("--num-frames", type=int, metavar="T", help="1 makes a picture")
+    kept.add_argument("--height", type=int, metavar="PIXELS")
+    kept.add_argument("--width", type=int, metavar="PIXELS")
+    kept.add_argument("--fps", type=float, help="frames per second")
+    kept.add_argument("--steps", type=int, help="sampling steps")
+    kept.add_argument("--scheduler", help="ddim, dpm++ or euler")
+    kept.add_argument("--guidance-scale", type=float, metavar="S", help="of the text; 1 guides nowhere")
+    kept.add_argument("--image-guidance-scale", type=float, metavar="S", help="the same of the picture")
+    kept.add_argument("--guidance-rescale", type=float, metavar="PHI", help="0 to 1; tames large scales")
 
     cache = command(encode, "Keep what the frozen encoders make of clips: latents and tokens, for training.")
     cache.add_argument("source", nargs="+", metavar="SOURCE", help="tar shards, a .csv or .jsonl, or a folder of them")
@@ -269,9 +286,7 @@ def _parser() -> argparse.ArgumentParser:
     command(bench, "Time the operators on this GPU (the quick set).")
     show = command(info, "What a checkpoint holds.")
     show.add_argument("checkpoint", metavar="CHECKPOINT", help="its folder, or the name of one that ships")
-    test = command(
-        judge, "How well a checkpoint of the shapes world does what it is told, judged by its clips' pixels."
-    )
+    test = command(judge, "How often clips of a checkpoint of the shapes world show what they were told to.")
     test.add_argument("checkpoint", metavar="CHECKPOINT", help="its folder, or the name of one that ships")
     test.add_argument("-o", "--output", default="judge.json", help="what was found (default: judge.json)")
     test.add_argument(

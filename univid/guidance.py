@@ -55,7 +55,8 @@ def by_level(name: str, weight: Weight, levels: Sequence[int], num_frames: int) 
     """A stream's weight at every level f: a number, or ``(T,)`` where each frame has its own.
 
     Raises:
-        ValueError: a sequence whose length is not the number of frames, or a level that does not exist.
+        ValueError: a sequence whose length is not the number of frames, or a level that does not exist. TypeError: neither a number nor
+            a sequence of them.
     """
     if isinstance(weight, Mapping):
         if unknown := sorted(set(weight) - set(levels)):
@@ -72,6 +73,10 @@ def absent(weights: Mapping[int, float | Tensor]) -> bool:
 def _weight(name: str, weight: float | Sequence[float], num_frames: int) -> float | Tensor:
     if isinstance(weight, (int, float)):
         return float(weight)
-    if len(weight) != num_frames:
-        raise ValueError(f"{name}: got {len(weight)} weights, {num_frames} needed, one for every frame")
-    return torch.tensor([float(w) for w in weight])
+    try:
+        each = [float(w) for w in weight]
+    except (TypeError, ValueError):
+        raise TypeError(f"{name}: got {weight!r}; a number, or one for every frame, needed") from None
+    if len(each) != num_frames:
+        raise ValueError(f"{name}: got {len(each)} weights, {num_frames} needed, one for every frame")
+    return torch.tensor(each)

@@ -28,6 +28,7 @@ from univid.data.tensors import read_json
 from univid.graphs import Graphed, Pace, graph_key
 from univid.guidance import Pass, Weight, absent, by_level, guide, passes
 from univid.model import ImageAdapter, UNet, load_sd21
+from univid.model.config import typed
 
 SCHEDULERS = {"ddim": DDIMScheduler, "dpm++": DPMSolverMultistepScheduler, "euler": EulerDiscreteScheduler}
 SETTINGS = "generation.json"
@@ -243,6 +244,8 @@ class UniVidPipeline:
         if not with_text and not with_image:
             raise ValueError("prompt, image: both are absent or have weight 0; at least one is needed")
         prompts, pictures, videos = _conditions(prompt, image, num_videos)
+        if not -(2**63) <= seed < 2**63 - videos:
+            raise ValueError(f"seed: got {seed}; a whole number of 64 bits needed")
         plan = passes(with_text, with_image, s.guidance_scale, s.image_guidance_scale)
         with self._clip_on_device():
             text = self._text(prompts, negative_prompt, videos) if with_text else None
@@ -438,11 +441,18 @@ def _picture(image: Picture) -> Tensor:
 
 
 def _scheduler_config(folder: Path) -> dict[str, Any]:
-    return {key: value for key, value in read_json(folder / "scheduler_config.json").items() if not key.startswith("_")}
+    given = read_json(folder / "scheduler_config.json").items()
+    # DDIM clips by default what it takes for pixels; the configuration of another scheduler says nothing of it.
+    return {"clip_sample": False} | {key: value for key, value in given if not key.startswith("_")}
 
 
 def _read_settings(path: Path) -> Settings:
     choices = read_json(path) if path.is_file() else {}
     if unknown := sorted(choices.keys() - {field.name for field in fields(Settings)}):
         raise ValueError(f"{path}: unknown key {unknown[0]!r}")
-    return Settings(**choices)
+    try:
+        return Settings(
+            **{f.name: typed(f.name, choices[f.name], f.default) for f in fields(Settings) if f.name in choices}
+        )
+    except TypeError as error:
+        raise ValueError(f"{path}: {error}") from None

@@ -80,9 +80,10 @@ def load_autoencoder(folder: str | Path, dtype: torch.dtype = torch.float32) -> 
     folder = Path(folder)
     if not (folder / "config.json").is_file():
         raise FileNotFoundError(f"vae: {folder} has no config.json, the configuration of diffusers' AutoencoderKL")
+    config = read_json(folder / "config.json")
     try:
-        vae = AutoencoderKL.from_config(read_json(folder / "config.json"))
-    except (TypeError, AttributeError) as error:
+        vae = AutoencoderKL.from_config(config)
+    except (TypeError, AttributeError, ValueError) as error:
         raise ValueError(f"vae: {folder / 'config.json'} is not of diffusers' AutoencoderKL: {error}") from None
     weights = find_weights(folder)
     state = vae.state_dict()

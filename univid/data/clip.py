@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import warnings
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -158,9 +159,21 @@ def build_clip(config: dict, vocabulary: Path | None = None) -> Clip:
         raise ValueError(f"clip: its configuration is not that of an open_clip model: {error}") from None
     model.visual.image_mean = getattr(model.visual, "image_mean", None) or open_clip.OPENAI_DATASET_MEAN
     model.visual.image_std = getattr(model.visual, "image_std", None) or open_clip.OPENAI_DATASET_STD
+    return Clip(model, _tokenizer(config["text_cfg"], vocabulary), config, vocabulary)
+
+
+def _tokenizer(text: dict, vocabulary: Path | None) -> open_clip.SimpleTokenizer:
+    """Of as many tokens as the text tower has embeddings for."""
     own = {"bpe_path": str(vocabulary)} if vocabulary else {}
-    length = config["text_cfg"].get("context_length", 77)
-    return Clip(model, open_clip.SimpleTokenizer(context_length=length, **own), config, vocabulary)
+    try:
+        tokenizer = open_clip.SimpleTokenizer(context_length=text.get("context_length", 77), **own)
+    except (OSError, EOFError, UnicodeDecodeError, zlib.error) as error:
+        raise ValueError(f"clip: {vocabulary} is not a whole gzip file of merges: {error}") from None
+    size = text.get("vocab_size", 49408)  # open_clip's own default
+    if size != tokenizer.vocab_size:
+        whose = vocabulary or f"as there is no {VOCABULARY}, open_clip's vocabulary"
+        raise ValueError(f"clip: {whose} has {tokenizer.vocab_size} tokens; model_cfg's text_cfg.vocab_size is {size}")
+    return tokenizer
 
 
 # What open_clip would build another tower or tokenizer for than this file reads.

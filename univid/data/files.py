@@ -35,16 +35,22 @@ def check_writable(path: str | Path, num_frames: int = 2) -> Path:
         raise ValueError(f"output: {path} ends in {path.suffix!r}; .mp4, .gif, or a folder's name (png files) needed")
     if path.suffix == ".png" and num_frames > 1:
         raise ValueError(
-            f"output: {path} holds one picture, got {num_frames} frames; .mp4, .gif or a folder's name needed"
+            f"output: {path} holds one picture; .mp4, .gif or a folder's name needed for a video, or num_frames = 1"
         )
+    if path.name in ("", ".."):  # a folder can take the place of another, but not of the one that one stands in
+        raise ValueError(f"output: got {str(path)!r}; a name of its own needed")
     if not path.parent.is_dir():
         raise FileNotFoundError(f"output: the folder {path.parent} does not exist")
     if path.is_dir() and (path.suffix or any(child.suffix != ".png" for child in path.iterdir())):
         raise FileExistsError(f"output: {path} is a folder that holds other things; another name needed")
     if path.suffix == "" and path.is_file():
         raise FileExistsError(f"output: {path} is a file; a folder's name needed, or an ending: .mp4, .gif")
-    if not os.access(path.parent, os.W_OK) or (path.exists() and not os.access(path, os.W_OK)):
+    if path.exists() and not os.access(path, os.W_OK):
         raise PermissionError(f"output: {path} cannot be written")
+    try:  # as it will be: what permissions say is not all, for root and on other machines' disks
+        _room(path).rmdir()
+    except OSError as error:
+        raise PermissionError(f"output: {path} cannot be written: {error.strerror}") from None
     return path
 
 
@@ -140,8 +146,10 @@ def _write_gif(frames: Frames, path: Path, fps: float) -> None:
     sample = Image.fromarray(frames[:: max(1, len(frames) // 8)].reshape(-1, frames.shape[2], 3))
     palette = sample.quantize(256, method=Image.Quantize.MEDIANCUT)
     images = [Image.fromarray(frame).quantize(palette=palette) for frame in frames]
-    duration = max(10, round(1000 / fps))  # gif counts hundredths of a second, and players show 0 at 10 fps
-    images[0].save(path, "GIF", save_all=True, append_images=images[1:], duration=duration, loop=0, optimize=False)
+    # gif counts hundredths of a second: 13 and 12 in turn are 8 fps. Players show 0 at 10 fps.
+    hundredths = np.diff(np.round(np.arange(len(frames) + 1) * 100 / fps)).clip(1)
+    durations = [10 * int(each) for each in hundredths]
+    images[0].save(path, "GIF", save_all=True, append_images=images[1:], duration=durations, loop=0, optimize=False)
 
 
 def _write_png(frames: Frames, path: Path, fps: float) -> None:
@@ -157,7 +165,7 @@ def _write_folder(frames: Frames, path: Path, fps: float) -> None:
 
 def beside(path: Path, write: Callable[[Path], None]) -> None:
     """``write(partial)``, then its file or folder takes the place of ``path``; if it fails, what was there still is."""
-    room = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}."))
+    room = _room(path)
     try:
         write(room / path.name)
         if not path.is_dir():
@@ -173,3 +181,8 @@ def beside(path: Path, write: Callable[[Path], None]) -> None:
             raise
     finally:
         shutil.rmtree(room, ignore_errors=True)
+
+
+def _room(path: Path) -> Path:
+    """An empty folder beside ``path``."""
+    return Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}."))

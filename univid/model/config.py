@@ -47,7 +47,7 @@ class UNetConfig:
 
     def __post_init__(self) -> None:
         for field in fields(self):
-            object.__setattr__(self, field.name, _typed(field.name, getattr(self, field.name), field.default))
+            object.__setattr__(self, field.name, typed(field.name, getattr(self, field.name), field.default))
         self._need("channels", bool(self.channels) and min(self.channels) >= 1, "numbers >= 1, one for each level")
         for field in fields(self):
             if type(field.default) is int:
@@ -214,7 +214,7 @@ _SD21 = {
 }
 
 
-def _typed(name: str, value: Any, default: Any) -> Any:
+def typed(name: str, value: Any, default: Any) -> Any:
     """``value`` as its field's type (a list becomes a tuple, an integer a float), or a TypeError."""
     if isinstance(default, tuple):
         kind = type(default[0]) if default else int
