@@ -26,7 +26,6 @@ from train.diffusion import Diffusion
 from train.export import Export, export
 from train.export import main as export_main
 from train.fsdp import Inputs, Trainer, main
-from train.graphs import cloned, leaves, signature
 from train.log import FILE, Logs, Meter
 from train.optimizer import learning_rate
 from train.parts import Parts
@@ -37,6 +36,7 @@ from univid import UniVidPipeline
 from univid.cli import main as univid
 from univid.data.judge import judge
 from univid.data.shapes import MOTIONS
+from univid.graphs import cloned, leaves, signature
 from univid.ops import ReferenceFrames
 
 CPU = torch.device("cpu")
