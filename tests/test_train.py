@@ -90,6 +90,7 @@ CASES = {
         "optimizer.clip_norm=1e9",
         "compute.activation_checkpointing=true",
     ],
+    "bfloat16": ["steps=1", "compute.dtype=bfloat16", "optimizer.beta1=0", "optimizer.clip_norm=1e9"],
     "resumed": ["steps=4", *CALM],
     "stopped": ["steps=1000"],
 }
@@ -122,6 +123,15 @@ def test_two_ranks_have_the_gradients_of_one_process(two_ranks, alone, tmp_path)
         names = [name for name in one if name.startswith(kind)]
         a, b = (torch.cat([x[name].flatten() for name in names]).double() for x in (two, one))
         assert b.norm() > 0 and (a - b).norm() < 1e-5 * b.norm()
+
+
+def test_what_ranks_compute_in_bfloat16_is_added_up_and_kept_in_float32(two_ranks):
+    """Without clipping and momentum the first moments of a first step are the gradients: of two ranks, and so between bfloat16's."""
+    state = torch.load(two_ranks / "bfloat16.pt")
+    for kind in ("model.", "ema.", "exp_avg.", "exp_avg_sq."):
+        values = [x.flatten() for name, x in state.items() if name.startswith(kind) and x.ndim > 1]
+        rounded = torch.cat(values).bfloat16().float()
+        assert (rounded != torch.cat(values)).float().mean() > 0.1, kind
 
 
 def test_a_run_goes_on_with_another_number_of_ranks_after_image_steps_only(two_ranks, alone):
