@@ -1,7 +1,9 @@
 """The command line, in this process."""
 
 import shutil
+import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,6 +14,8 @@ from safetensors.torch import load_file, save_file
 from tests.test_pipeline import make
 from univid.cli import main
 from univid.data.files import read_video
+
+ROOT = Path(__file__).parents[1]
 
 
 @pytest.fixture(scope="module")
@@ -305,3 +309,15 @@ def test_help(command, capsys):
     examples = printed.partition("example")[2].splitlines()[1:]
     assert examples
     assert all(line.startswith(" ".join(["  univid", *command])) for line in examples)
+
+
+def test_threads_that_wait_sleep(monkeypatch):
+    """Of PyTorch, which reads it when it is imported: not before."""
+    code = "import os, sys, univid.cli as cli; assert 'torch' not in sys.modules; "
+    code += "cli.main(['info', 'no']); print(os.environ['OMP_WAIT_POLICY'])"
+    for given, wanted in ((None, "PASSIVE"), ("ACTIVE", "ACTIVE")):
+        monkeypatch.delenv("OMP_WAIT_POLICY", raising=False)
+        if given:
+            monkeypatch.setenv("OMP_WAIT_POLICY", given)
+        done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+        assert done.stdout == f"{wanted}\n", done.stderr

@@ -5,7 +5,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from univid.graphs import Graphed, Pace, graph_key, signature
+from univid.graphs import Graphed, Pace, cloned, graph_key, leaves, signature
+from univid.ops import ReferenceFrames
 
 
 def held(text=(2, 7), weight=1.0, weights=None, dtype=torch.float32):
@@ -36,6 +37,20 @@ def test_what_a_graph_depends_on(monkeypatch):
     monkeypatch.delenv("UNIVID_BACKEND")
     layer.weight = torch.nn.Parameter(torch.zeros(3, 3))
     assert graph_key(layer, x, held()) != key
+
+
+def test_reference_frames_are_shared_by_samplers_and_a_training_steps_own():
+    """A sampler's table may be the U-Net's, which others read; another one is another graph's."""
+    first, second = (ReferenceFrames.from_table(torch.tensor([pair] * 4), 4) for pair in ([0, 1], [2, 3]))
+    layer = torch.nn.Linear(3, 3)
+    assert graph_key(layer, {2: first}) == graph_key(layer, {2: first}) != graph_key(layer, {2: second})
+    table = first.table.clone()
+    Graphed(lambda held: [], {2: first}).load({2: second})
+    assert torch.equal(first.table, table)
+    own = cloned({2: first})
+    assert signature(own) == signature({2: first}) == signature({2: second})
+    assert [x for x in leaves(own) if not isinstance(x, torch.Tensor)] == [2, first.num_key_frames, first.padded]
+    assert torch.equal(own[2].table, table) and own[2].table is not first.table
 
 
 def test_what_is_held_is_replaced_in_place():

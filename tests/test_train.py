@@ -5,12 +5,14 @@ import json
 import os
 import random
 import re
+import resource
 import shutil
 import signal
 import subprocess
 import sys
 import threading
 import time
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 
@@ -22,7 +24,7 @@ from train import checkpoint, fsdp
 from train.checkpoint import checkpoints, read_state
 from train.export import main as export
 from train.fsdp import Trainer
-from train.log import FILE
+from train.log import FILE, Logs
 from train.processes import processes
 
 ROOT = Path(__file__).parents[1]
@@ -88,6 +90,7 @@ CASES = {
         "optimizer.clip_norm=1e9",
         "compute.activation_checkpointing=true",
     ],
+    "bfloat16": ["steps=1", "compute.dtype=bfloat16", "optimizer.beta1=0", "optimizer.clip_norm=1e9"],
     "resumed": ["steps=4", *CALM],
     "stopped": ["steps=1000"],
 }
@@ -120,6 +123,15 @@ def test_two_ranks_have_the_gradients_of_one_process(two_ranks, alone, tmp_path)
         names = [name for name in one if name.startswith(kind)]
         a, b = (torch.cat([x[name].flatten() for name in names]).double() for x in (two, one))
         assert b.norm() > 0 and (a - b).norm() < 1e-5 * b.norm()
+
+
+def test_what_ranks_compute_in_bfloat16_is_added_up_and_kept_in_float32(two_ranks):
+    """Without clipping and momentum the first moments of a first step are the gradients: of two ranks, and so between bfloat16's."""
+    state = torch.load(two_ranks / "bfloat16.pt")
+    for kind in ("model.", "ema.", "exp_avg.", "exp_avg_sq."):
+        values = [x.flatten() for name, x in state.items() if name.startswith(kind) and x.ndim > 1]
+        rounded = torch.cat(values).bfloat16().float()
+        assert (rounded != torch.cat(values)).float().mean() > 0.1, kind
 
 
 def test_a_run_goes_on_with_another_number_of_ranks_after_image_steps_only(two_ranks, alone):
@@ -258,6 +270,7 @@ def test_a_kill_before_the_rename_leaves_the_last_checkpoint(alone, tmp_path, mo
     train(configure(tmp_path, "steps=2"), alone)
     with monkeypatch.context() as patched:
         patched.setattr(checkpoint.os, "rename", lambda *_: sys.exit("killed"))  # of the writing thread
+        patched.setattr(checkpoint.shutil, "rmtree", lambda *_, **__: None)  # what is killed tidies nothing up
         with pytest.raises(OSError, match="killed"):
             train(configure(tmp_path, "steps=4"), alone)
     assert {path.name for path in (tmp_path / "checkpoints").iterdir()} == {"step-00000002", "step-00000004.partial"}
@@ -326,19 +339,37 @@ def test_training_stops_after_some_steps_in_a_row_that_are_not_finite(alone, tmp
     assert trainer.step == 5
 
 
-def test_a_disk_that_is_full_leaves_the_last_checkpoint(alone, tmp_path):
-    import resource
-
-    train(configure(tmp_path, "steps=2"), alone)
+@contextmanager
+def no_file_beyond(size: int):
+    """As on a disk that is full."""
     unlimited = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, unlimited[1]))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, unlimited[1]))
     try:
-        with pytest.raises(OSError, match=r"^checkpoint: cannot write to .*File too large$"):
-            train(configure(tmp_path, "steps=4"), alone)
+        yield
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, unlimited)
-    assert [path.name for path in checkpoints(tmp_path / "checkpoints")] == ["step-00000002"]
+
+
+def test_a_disk_that_is_full_leaves_the_last_checkpoint(alone, tmp_path):
+    train(configure(tmp_path, "steps=2"), alone)
+    message = r"^checkpoint: cannot write to .*File too large$"
+    with no_file_beyond(100_000), pytest.raises(OSError, match=message):
+        train(configure(tmp_path, "steps=4"), alone)
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step-00000002"]
     train(configure(tmp_path, "steps=4"), alone)
+
+
+def test_a_disk_that_is_full_leaves_log_and_configuration(alone, tmp_path):
+    """Without the latter no checkpoint can be exported."""
+    config = configure(tmp_path, "steps=2")
+    train(config, alone)
+    fsdp.write_config(config)
+    files = {name: (tmp_path / name).read_bytes() for name in (FILE, "config.json")}
+    for write in (partial(Logs, config, alone, 2), partial(fsdp.write_config, config)):
+        with no_file_beyond(100), pytest.raises(OSError, match=rf"^run: cannot write to {tmp_path}: File too large$"):
+            write()
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir() if path.is_file()} == files
+    assert {path.name for path in tmp_path.iterdir()} == {*files, "checkpoints"}
 
 
 def test_a_checkpoint_of_another_architecture_is_refused(alone, tmp_path):

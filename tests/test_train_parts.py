@@ -4,13 +4,10 @@ import dataclasses
 import importlib
 import itertools
 import json
-import math
 import shutil
 import subprocess
-import sys
 from collections import Counter
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -26,8 +23,7 @@ from train.diffusion import Diffusion
 from train.export import Export, export
 from train.export import main as export_main
 from train.fsdp import Inputs, Trainer, main
-from train.graphs import cloned, leaves, signature
-from train.log import FILE, Logs, Meter
+from train.log import FILE
 from train.optimizer import learning_rate
 from train.parts import Parts
 from train.processes import processes
@@ -37,6 +33,7 @@ from univid import UniVidPipeline
 from univid.cli import main as univid
 from univid.data.judge import judge
 from univid.data.shapes import MOTIONS
+from univid.graphs import cloned, leaves, signature
 from univid.ops import ReferenceFrames
 
 CPU = torch.device("cpu")
@@ -438,49 +435,6 @@ def test_a_grid_has_every_video_once():
     assert sheet.shape == (2, 8, 18, 3)
     cells = [sheet[0, 4 * r, 6 * c, 0] for r, c in itertools.product(range(2), range(3))]
     assert cells == [0, 1, 2, 3, 4, 0]
-
-
-def test_steps_in_a_row_are_watched_one_by_one():
-    """A good step at the end of an interval does not hide those before it."""
-    meter = object.__new__(Meter)
-    meter.bad, meter.max_skipped = [], 2
-    meter.processes = SimpleNamespace(gather=lambda keys: [keys])
-    steps = [SimpleNamespace(keys=[f"clip {i}"]) for i in range(4)]
-    meter._watch(steps, [1.0, math.nan, 1.0, math.nan], [1.0] * 4)  # no two in a row
-    with pytest.raises(RuntimeError, match=r"2 steps in a row .*: clip 0$"):
-        meter._watch(steps[:2], [math.inf, 1.0], [math.nan, 1.0])
-
-
-def test_tensorboard_and_wandb_get_the_log_s_numbers(tmp_path, monkeypatch):
-    seen = []
-
-    class SummaryWriter:
-        def __init__(self, folder, purge_step):
-            assert (folder, purge_step) == (tmp_path / "run" / "tensorboard", 3)
-
-        def add_scalar(self, name, value, step):
-            seen.append(("tensorboard", name, value, step))
-
-    run = SimpleNamespace(log=lambda numbers, step: seen.extend(("wandb", *item, step) for item in numbers.items()))
-    wandb = SimpleNamespace(init=lambda **options: run if options["project"] == "mine" else None)
-    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", SimpleNamespace(SummaryWriter=SummaryWriter))
-    monkeypatch.setitem(sys.modules, "wandb", wandb)
-    config = load(Config, None, [f"run={tmp_path}/run", "log.wandb=mine"])
-    with processes(device="cpu") as joined:
-        logs = Logs(config, joined, 2)
-        report = {"loss": 0.5, "norm": 2.0, "lr": 1e-3, "clips/s": 3.0, "TFLOP/s": 1.0, "of matrix rate": 0.1}
-        report |= {"skipped": 1, "data wait": 0.0, "broken clips": 4}
-        logs.write(3, report)
-    assert sorted(seen) == sorted((to, *item, 3) for to in ("tensorboard", "wandb") for item in report.items())
-    (line,) = (tmp_path / "run" / FILE).read_text().splitlines()
-    assert json.loads(line) == {"step": 3, **report}
-
-
-def test_wandb_that_is_not_installed_is_named(tmp_path, monkeypatch):
-    monkeypatch.setitem(sys.modules, "wandb", None)
-    config = load(Config, None, [f"run={tmp_path}/run", "log.tensorboard=false", "log.wandb=mine"])
-    with pytest.raises(ValueError, match=r"^log\.wandb: got 'mine', needs the package wandb, which is not installed$"):
-        Logs(config, SimpleNamespace(first=True), 0)
 
 
 def test_the_inputs_of_a_graph_are_its_own():

@@ -143,6 +143,8 @@ class Checkpoints:
                     os.rename(old, gone)
                     shutil.rmtree(gone)
         except BaseException as error:
+            if self.processes.first:
+                shutil.rmtree(partial, ignore_errors=True)  # it would keep the disk full
             self._error = error
 
 

@@ -28,13 +28,14 @@ from train.diffusion import Diffusion
 from train.export import pipeline_of, write_history
 from train.flops import forward_flops
 from train.graphs import StepGraphs
-from train.log import Logs, Meter, Step
+from train.log import Logs, Meter, Step, writing
 from train.optimizer import ShardedAdamW, learning_rate
 from train.parts import Parts
 from train.processes import Processes, processes
 from train.sharding import Denoiser, checkpoint_activations, compile_blocks, materialise, shard
 from train.stages import STAGES, Draw, Frames, draw, plan, reference_frames
 from train.validation import averaged, validate
+from univid.data.files import beside
 
 
 @dataclass(frozen=True)
@@ -242,7 +243,10 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def write_config(config: Config) -> None:
-    (Path(config.run) / "config.json").write_text(json.dumps(dataclasses.asdict(config), indent=1) + "\n")
+    """``config.json``, without which no checkpoint can be exported: whole, or as it was."""
+    text = json.dumps(dataclasses.asdict(config), indent=1) + "\n"
+    with writing(Path(config.run)):
+        beside(Path(config.run) / "config.json", lambda partial: partial.write_text(text))
 
 
 if __name__ == "__main__":

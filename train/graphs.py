@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,6 +11,7 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
 from train.sharding import Shard
+from univid.graphs import cloned, leaves, signature
 
 
 @dataclass
@@ -31,7 +31,7 @@ class StepGraphs:
     are replays on copies of the inputs. The kinds share their memory, and one set of gradients.
 
     Args:
-        function: computes a loss of nested dicts and dataclasses of tensors and constants, and its gradients. Whatever
+        function: computes a loss of nested tensors and constants (:func:`univid.graphs.leaves`), and its gradients. Whatever
             tensors it reads beside these stay where they are.
         shards: of the parameters that are trained.
     """
@@ -92,37 +92,3 @@ class StepGraphs:
             parameter.grad = own
         if fresh:
             torch._foreach_zero_(fresh)
-
-
-# --- nested inputs ----------------------------------------------------------------------------------------------------
-
-
-def signature(value: Any) -> Hashable:
-    """Of tensors the shape and dtype, of anything else itself."""
-    return tuple((x.shape, x.dtype) if isinstance(x, Tensor) else x for x in leaves(value))
-
-
-def leaves(value: Any) -> Iterator[Any]:
-    parts = _parts(value)
-    if parts is None:
-        yield value
-        return
-    for part in parts.values():
-        yield from leaves(part)
-
-
-def cloned(value: Any) -> Any:
-    """The same with tensors of its own."""
-    parts = _parts(value)
-    if parts is None:
-        return value.clone() if isinstance(value, Tensor) else value
-    own = {name: cloned(part) for name, part in parts.items()}
-    return own if isinstance(value, Mapping) else dataclasses.replace(value, **own)
-
-
-def _parts(value: Any) -> Mapping[Any, Any] | None:
-    if isinstance(value, Mapping):
-        return value
-    if dataclasses.is_dataclass(value):
-        return {field.name: getattr(value, field.name) for field in dataclasses.fields(value) if field.compare}
-    return None

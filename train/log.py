@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import math
+import threading
 import time
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +19,7 @@ from torch import Tensor
 from train.config import Config
 from train.flops import datasheet_rate, matrix_rate
 from train.processes import Processes
+from univid.data.files import beside
 
 FILE = "log.jsonl"
 
@@ -125,19 +128,23 @@ class Logs:
     def __init__(self, config: Config, processes: Processes, step: int):
         self.writers: list[Any] = []
         self.file: Any = None
+        self.folder = folder = Path(config.run)
         if not processes.first:
             return
-        folder = Path(config.run)
-        folder.mkdir(parents=True, exist_ok=True)
         path = folder / FILE
-        lines = path.read_text().splitlines() if path.is_file() else []
-        path.write_text("".join(f"{text}\n" for text in lines if _step(text) <= step))
-        self.file = path.open("a", buffering=1)
+        with writing(folder):
+            folder.mkdir(parents=True, exist_ok=True)
+            lines = path.read_text().splitlines() if path.is_file() else []
+            earlier = "".join(f"{text}\n" for text in lines if _step(text) <= step)
+            beside(path, lambda partial: partial.write_text(earlier))
+            self.file = path.open("a", buffering=1)
         if config.log.tensorboard:
             try:
                 from torch.utils.tensorboard import SummaryWriter
 
-                self.writers.append(SummaryWriter(folder / "tensorboard", purge_step=step + 1).add_scalar)
+                threading.excepthook = _without_os_errors
+                with writing(folder):
+                    self.writers.append(SummaryWriter(folder / "tensorboard", purge_step=step + 1).add_scalar)
             except ImportError:
                 print(f"tensorboard is not installed: numbers go to {path} only", flush=True)
         if config.log.wandb:
@@ -155,10 +162,26 @@ class Logs:
         if self.file is None:
             return
         print(line(step, report), flush=True)
-        self.file.write(json.dumps({"step": step, **report}) + "\n")
-        for writer in self.writers:
-            for name, value in report.items():
-                writer(name, value, step)
+        with writing(self.folder):
+            self.file.write(json.dumps({"step": step, **report}) + "\n")
+            for writer in self.writers:
+                for name, value in report.items():
+                    writer(name, value, step)
+
+
+@contextmanager
+def writing(folder: Path) -> Iterator[None]:
+    """Of a disk that is full the system says no name."""
+    try:
+        yield
+    except OSError as error:
+        raise OSError(f"run: cannot write to {folder}: {error.strerror or error}") from None
+
+
+def _without_os_errors(thread: threading.ExceptHookArgs) -> None:
+    """TensorBoard's thread hands them to the next call, and is not to print them as well."""
+    if not isinstance(thread.exc_value, OSError):
+        threading.__excepthook__(thread)
 
 
 def _step(text: str) -> int:

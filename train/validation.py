@@ -11,6 +11,7 @@ import numpy as np
 import torch
 
 from train.config import Validation
+from train.log import writing
 from train.sharding import Denoiser, local_shards
 from univid.model import UNetConfig
 
@@ -28,10 +29,11 @@ def validate(trainer: Trainer) -> float:
         pipe = trainer.parts.pipeline(whole).to(trainer.processes.device)
         frames = sample(pipe, trainer.config.validation)
         path = Path(trainer.config.run) / "validation" / f"step-{trainer.step:08}.mp4"
-        path.parent.mkdir(exist_ok=True)
         from univid.data.files import write_frames
 
-        write_frames(grid(frames), path, pipe.settings.fps)
+        with writing(path.parent):
+            path.parent.mkdir(exist_ok=True)
+            write_frames(grid(frames), path, pipe.settings.fps)
     trainer.processes.barrier()
     return time.perf_counter() - before
 

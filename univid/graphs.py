@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import dataclasses
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from univid.ops import ReferenceFrames
 from univid.ops.dispatch import wanted_by_environment
+
+# What a sampler's conditions have in common with others: a graph depends on which one it is, and never writes to it.
+SHARED = ReferenceFrames
 
 
 class Graphed:
@@ -19,9 +24,9 @@ class Graphed:
     copies of the inputs. Shapes must not change, and a result holds until the next call.
 
     Args:
-        function: called as ``function(*inputs, conditions)``. conditions: nested lists, tuples and dicts of tensors, which become the
-            graph's own, and of constants. :meth:`load` replaces the tensors. key: what the caller knows it by, its
-            :func:`graph_key`.
+        function: called as ``function(*inputs, conditions)``. conditions: nested tensors, which become the graph's own, and
+            constants (:func:`leaves`); :data:`SHARED` ones are constants. :meth:`load` replaces the tensors. key: what the caller knows
+            it by, its :func:`graph_key`.
     """
 
     def __init__(self, function: Callable[..., Sequence[Tensor]], conditions: Any, key: object = None):
@@ -33,7 +38,7 @@ class Graphed:
 
     def load(self, conditions: Any) -> None:
         """Other conditions, of the same :func:`signature`."""
-        for own, x in zip(leaves(self.conditions), leaves(conditions), strict=True):
+        for own, x in zip(leaves(self.conditions, SHARED), leaves(conditions, SHARED), strict=True):
             if isinstance(own, Tensor):
                 own.copy_(x)
 
@@ -68,23 +73,7 @@ def graph_key(module: torch.nn.Module, *arguments: Any) -> tuple[object, ...]:
     """What a graph of ``module`` on ``arguments`` depends on: while it is the same, the graph may be replayed."""
     # New weights in the old storage are read by a replay; weights that were moved, cast or replaced lie elsewhere.
     weights = tuple(parameter.data_ptr() for parameter in module.parameters())
-    return (module, weights, _modes(), signature(arguments))
-
-
-def signature(value: Any) -> tuple[object, ...]:
-    """Of tensors the shape, dtype and device, of anything else itself."""
-    return tuple((x.shape, x.dtype, x.device) if isinstance(x, Tensor) else x for x in leaves(value))
-
-
-def leaves(value: Any) -> Iterator[Any]:
-    """What is in nested lists, tuples and dicts, the dicts' keys too."""
-    if isinstance(value, Mapping):
-        value = list(value.items())
-    if not isinstance(value, (list, tuple)):
-        yield value
-        return
-    for part in value:
-        yield from leaves(part)
+    return (module, weights, _modes(), signature(arguments, SHARED))
 
 
 def _modes() -> tuple[object, ...]:
@@ -117,3 +106,46 @@ class Pace:
         if self.last is not None:
             self.last.synchronize()
         self.last = launched
+
+
+# --- nested inputs ----------------------------------------------------------------------------------------------------
+
+
+def signature(value: Any, whole: type | tuple[type, ...] = ()) -> tuple[object, ...]:
+    """Of tensors the shape, dtype and device, of any other of the :func:`leaves` itself."""
+    return tuple((x.shape, x.dtype, x.device) if isinstance(x, Tensor) else x for x in leaves(value, whole))
+
+
+def leaves(value: Any, whole: type | tuple[type, ...] = ()) -> Iterator[Any]:
+    """What is in nested lists, tuples, dicts (their keys too) and dataclasses, but for the classes ``whole``."""
+    parts = None if isinstance(value, whole) else _parts(value)
+    if parts is None:
+        yield value
+        return
+    for part in parts:
+        yield from leaves(part, whole)
+
+
+def cloned(value: Any) -> Any:
+    """The same with tensors of its own."""
+    if isinstance(value, Tensor):
+        return value.clone()
+    if isinstance(value, Mapping):
+        return {name: cloned(part) for name, part in value.items()}
+    if isinstance(value, (list, tuple)):
+        return type(value)(map(cloned, value))
+    fields = _fields(value)
+    return dataclasses.replace(value, **{name: cloned(part) for name, part in fields.items()}) if fields else value
+
+
+def _parts(value: Any) -> Iterable[Any] | None:
+    if isinstance(value, Mapping):
+        return value.items()
+    return value if isinstance(value, (list, tuple)) else _fields(value).values() or None
+
+
+def _fields(value: Any) -> dict[str, Any]:
+    """Of a dataclass, by name: those that tell one from another."""
+    if not dataclasses.is_dataclass(value) or isinstance(value, type):
+        return {}
+    return {field.name: getattr(value, field.name) for field in dataclasses.fields(value) if field.compare}

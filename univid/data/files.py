@@ -163,7 +163,7 @@ def _write_folder(frames: Frames, path: Path, fps: float) -> None:
         Image.fromarray(frame).save(path / f"{index:0{digits}}.png")
 
 
-def beside(path: Path, write: Callable[[Path], None]) -> None:
+def beside(path: Path, write: Callable[[Path], object]) -> None:
     """``write(partial)``, then its file or folder takes the place of ``path``; if it fails, what was there still is."""
     room = _room(path)
     try:
