@@ -110,7 +110,7 @@ class Tuned:
             return configs[0]
         with self._lock:
             if index not in self._chosen:
-                remembered = self._remembered(device, key, configs)
+                remembered = self.remembered(device, key, configs)
                 if remembered is None and device.type != "xpu" and torch.cuda.is_current_stream_capturing():
                     return configs[0]
                 self._chosen[index] = remembered or self._measure(device, key, configs, run)
@@ -132,7 +132,8 @@ class Tuned:
         _write(path, winners)
         return best
 
-    def _remembered(self, device: torch.device, key: dict, configs: list[Config]) -> Config | None:
+    def remembered(self, device: torch.device, key: dict, configs: list[Config]) -> Config | None:
+        """The winner among ``configs``, measured here or shipped."""
         name = self.winners(device).get(_text(key)) or self._shipped(device).get(_text(key))
         return next((config for config in configs if config.name == name), None)
 
