@@ -145,6 +145,14 @@ def test_info(model, capsys):
         assert part in printed
 
 
+def test_info_without_settings(model, tmp_path, capsys):
+    """Which `generate` takes as well."""
+    folder = shutil.copytree(model, tmp_path / "model")
+    (folder / "generation.json").unlink()
+    assert main(["info", str(folder)]) == 0
+    assert "settings:" not in capsys.readouterr().out
+
+
 def test_doctor(capsys):
     assert main(["doctor"]) == 0
     printed = capsys.readouterr().out

@@ -48,11 +48,13 @@ def describe(folder: Path) -> str:
         lines.append(
             f"{part:<14} {parameters / 1e6:9.2f}M parameters in {tensors:4} tensors  {kind:<8} {size / 1e6:9.1f} MB"
         )
-    for title, choices in {
+    described = {
         "U-Net": read_json(folder / "unet" / "config.json").get("univid", {}),
         "noise": read_json(folder / "scheduler" / "scheduler_config.json"),
-        "settings": read_json(folder / "generation.json"),
-    }.items():
+    }
+    if (settings := folder / "generation.json").exists():  # generating does without
+        described["settings"] = read_json(settings)
+    for title, choices in described.items():
         lines += ["", f"{title}:"]
         lines += [f"  {name:<24} {value}" for name, value in choices.items() if not name.startswith("_")]
     return "\n".join(lines)
