@@ -97,6 +97,12 @@ def test_text_image_or_both(pipe, given):
     assert videos.frames.std() > 0
 
 
+def test_a_negative_prompt_needs_a_prompt(pipe):
+    with pytest.warns(UserWarning, match="negative_prompt: without a prompt"):
+        led = frames(pipe, image=RED, negative_prompt="blurry")
+    assert np.array_equal(led, frames(pipe, image=RED))
+
+
 def test_conditions_matter(pipe):
     both = frames(pipe, "a cat", RED)
     assert not np.array_equal(both, frames(pipe, "a dog", RED))

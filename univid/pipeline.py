@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import shutil
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields, replace
@@ -208,7 +209,7 @@ class UniVidPipeline:
         Args:
             prompt: a text, or one for each video. image: what the video shows: a file, a PIL image, uint8 ``(H, W, 3)``, or a tensor
                 ``(3, H, W)`` in [0, 1]; one for all, or one for each prompt. At least one of the two.
-            negative_prompt: what guidance leads away from.
+            negative_prompt: what guidance leads away from, where there is a prompt.
             num_frames, height, width, fps, steps, scheduler ("ddim", "dpm++" or "euler"), guidance_scale, image_guidance_scale,
                 guidance_rescale: the checkpoint's settings by default. One frame makes a picture.
             text_weight, image_weight: how much each condition counts: a number, one for every frame, or either by level, as
@@ -243,6 +244,10 @@ class UniVidPipeline:
         with_text, with_image = not absent(weights["text"]), not absent(weights["image"])
         if not with_text and not with_image:
             raise ValueError("prompt, image: both are absent or have weight 0; at least one is needed")
+        if negative_prompt and not with_text:
+            warnings.warn(
+                "negative_prompt: without a prompt the text takes no part, and so it does nothing", stacklevel=3
+            )
         prompts, pictures, videos = _conditions(prompt, image, num_videos)
         if not -(2**63) <= seed < 2**63 - videos:
             raise ValueError(f"seed: got {seed}; a whole number of 64 bits needed")
