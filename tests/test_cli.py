@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from tests.test_pipeline import make
+from tests.small_pipeline import make
 from univid.cli import main
 from univid.data.files import read_video
 

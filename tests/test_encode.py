@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 import torch
 
+from tests.small_pipeline import make
 from tests.test_data import mp4, picture, shard, shards  # noqa: F401 - fixtures
-from tests.test_pipeline import make
 from univid.cli import main
 from univid.data.cache import fingerprint
 from univid.data.dataset import DataConfig, open_dataset

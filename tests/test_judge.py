@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from tests.test_pipeline import make
+from tests.small_pipeline import make
 from univid.cli import main
 from univid.data.judge import JUDGED, judge
 from univid.data.shapes import Shapes, held_out

@@ -1,88 +1,24 @@
 """The generator, end to end on the CPU with small random parts."""
 
-import dataclasses
-import itertools
-import json
-import warnings
 from contextlib import nullcontext
-from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-from diffusers import AutoencoderKL, DDIMScheduler, EulerDiscreteScheduler, UNet2DConditionModel
+from diffusers import DDIMScheduler
 from PIL import Image
-from safetensors.torch import load_file, save_file
 
+from tests.small_pipeline import RED, SETTINGS, frames, interrupt, make, make_unet
 from univid import UniVidPipeline, pipeline
-from univid.data.autoencoder import Autoencoder, load_autoencoder
-from univid.data.clip import build_clip
-from univid.data.files import read_video
 from univid.graphs import Graphed
 from univid.guidance import guide, passes
-from univid.model import ImageAdapter, UNet, UNetConfig
-from univid.pipeline import SCHEDULERS, Settings
-
-CLIP = {
-    "embed_dim": 16,
-    "vision_cfg": {"image_size": 28, "layers": 2, "width": 40, "head_width": 20, "patch_size": 14},
-    "text_cfg": {"context_length": 77, "vocab_size": 49408, "width": 24, "heads": 2, "layers": 2},
-}
-SCHEDULE = {
-    "beta_schedule": "scaled_linear",
-    "beta_start": 0.00085,
-    "beta_end": 0.012,
-    "prediction_type": "v_prediction",
-    "clip_sample": False,
-    "rescale_betas_zero_snr": True,
-    "timestep_spacing": "trailing",
-}
-SETTINGS = Settings(num_frames=3, height=16, width=32, fps=4, steps=2, guidance_scale=3.0, image_guidance_scale=2.0)
-RED = np.full((20, 30, 3), (255, 0, 0), np.uint8)
-
-
-def make_unet(backend: str | None) -> UNet:
-    torch.manual_seed(0)
-    unet = UNet(dataclasses.replace(UNetConfig.load("tiny"), backend=backend))
-    for parameter in unet.parameters():  # the temporal modules too: nothing stays the identity
-        if not parameter.any():
-            torch.nn.init.normal_(parameter, std=0.02)
-    return unet.eval()
-
-
-def make() -> UniVidPipeline:
-    unet = make_unet("torch")
-    config = unet.config
-    torch.manual_seed(1)
-    vae = AutoencoderKL(
-        block_out_channels=(8, 8),
-        down_block_types=("DownEncoderBlock2D",) * 2,
-        up_block_types=("UpDecoderBlock2D",) * 2,
-        latent_channels=4,
-        norm_num_groups=4,
-        layers_per_block=1,
-        sample_size=16,
-        scaling_factor=0.18215,
-    )
-    schedule = dict(DDIMScheduler(**SCHEDULE).config)
-    return UniVidPipeline(
-        unet,
-        ImageAdapter(40, config.context_dim),
-        Autoencoder(vae),
-        build_clip(CLIP),
-        {key: value for key, value in schedule.items() if not key.startswith("_")},
-        SETTINGS,
-    )
+from univid.pipeline import SCHEDULERS
 
 
 @pytest.fixture(scope="module")
 def pipe() -> UniVidPipeline:
     return make()
-
-
-def frames(pipe, *args, **kwargs):
-    return pipe(*args, progress=False, **kwargs).frames
 
 
 @pytest.mark.parametrize(
@@ -251,122 +187,6 @@ def test_a_picture(pipe, tmp_path):
     assert np.array_equal(np.asarray(Image.open(tmp_path / "cat.png")), picture.frames[0, 0])
 
 
-def test_save(pipe, tmp_path):
-    videos = pipe("a cat", num_videos=2, progress=False)
-    assert [path.name for path in videos.save(tmp_path / "cat.mp4")] == ["cat-0.mp4", "cat-1.mp4"]
-    read, fps = read_video(tmp_path / "cat-1.mp4")
-    assert (read.shape, fps) == ((3, 16, 32, 3), 4)
-
-
-def test_save_and_load(pipe, tmp_path):
-    pipe.save_pretrained(tmp_path / "model")
-    assert {p.name for p in (tmp_path / "model").iterdir()} == {
-        *("unet", "image_adapter", "vae", "clip", "scheduler", "generation.json")
-    }
-    assert not [p for p in (tmp_path / "model").rglob("*") if p.suffix in (".bin", ".pt", ".pkl")]
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        again = UniVidPipeline.from_pretrained(tmp_path / "model")
-    assert again.settings == pipe.settings
-    assert np.array_equal(frames(again, "a cat", RED), frames(pipe, "a cat", RED))
-    for part, name in itertools.product(("unet", "vae", "clip"), ("config.json", "open_clip_config.json")):
-        (tmp_path / "model" / part / name).unlink(missing_ok=True)
-    with pytest.raises(FileNotFoundError, match=r"unet/config\.json"):
-        UniVidPipeline.from_pretrained(tmp_path / "model")
-
-
-@pytest.mark.parametrize(
-    ("choices", "error"),
-    [
-        ('{"stepz": 8}', "unknown key 'stepz'"),
-        ('{"fps": "8"}', "fps: got '8', needs float"),
-        ('{"steps": 2.5}', "steps: got 2.5, needs int"),
-        ("{", "is not JSON"),
-    ],
-)
-def test_bad_settings(pipe, tmp_path, choices, error):
-    pipe.save_pretrained(tmp_path)
-    (tmp_path / "generation.json").write_text(choices)
-    with pytest.raises(ValueError, match=rf"generation\.json.*{error}"):
-        UniVidPipeline.from_pretrained(tmp_path)
-
-
-def test_saving_replaces_all_or_nothing(pipe, tmp_path, monkeypatch):
-    folder = tmp_path / "model"
-    pipe.save_pretrained(folder)
-    (folder / "unet" / "training.json").write_text("[]")
-    (folder / "README.md").write_text("a card")
-    read = lambda: {p.relative_to(folder): p.read_bytes() for p in folder.rglob("*") if p.is_file()}  # noqa: E731
-    before = read()
-    other = make()
-    other.settings = dataclasses.replace(SETTINGS, fps=7)
-    torch.nn.init.ones_(other.unet.conv_in.bias)
-    with monkeypatch.context() as patch:
-        patch.setattr(other.clip, "save", interrupt)  # after the U-Net's weights
-        with pytest.raises(KeyboardInterrupt):
-            other.save_pretrained(folder)
-    assert read() == before
-    rename = Path.rename
-
-    def fail(self, target):  # the last step
-        return interrupt() if self.name == target.name == "model" else rename(self, target)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(Path, "rename", fail)
-        with pytest.raises(KeyboardInterrupt):
-            other.save_pretrained(folder)
-    assert read() == before
-    assert list(tmp_path.iterdir()) == [folder]
-    other.save_pretrained(folder)
-    after = read()
-    assert after.keys() == before.keys()
-    changed = {str(name) for name in after if after[name] != before[name]}
-    assert changed == {"generation.json", "unet/diffusion_pytorch_model.safetensors"}
-    assert list(tmp_path.iterdir()) == [folder]
-    with pytest.raises(FileExistsError, match="is a file; a folder's name needed"):
-        pipe.save_pretrained(folder / "README.md")
-
-
-def test_from_sd21(pipe, tmp_path):
-    theirs = UNet2DConditionModel(
-        block_out_channels=(32, 64),
-        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
-        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
-        layers_per_block=1,
-        cross_attention_dim=24,
-        attention_head_dim=(2, 4),
-        use_linear_projection=True,
-        norm_num_groups=8,
-    )
-    theirs.save_pretrained(tmp_path / "unet")
-    pipe.vae.save(tmp_path / "vae")
-    DDIMScheduler.from_config(pipe.scheduler).save_pretrained(tmp_path / "scheduler")
-    pipe.clip.save(tmp_path / "clip")
-    made = UniVidPipeline.from_sd21(tmp_path, tmp_path / "clip")
-    assert made.unet.config.prediction_type == "v_prediction"
-    size = {"num_frames": 1, "height": 16, "width": 32, "steps": 2, "guidance_scale": 1.0}
-    latents = []
-    made("a cat", **size, progress=False, callback=lambda *s: latents.append(s[2]))
-    scheduler = DDIMScheduler.from_config(pipe.scheduler)
-    scheduler.set_timesteps(2)
-    x = torch.randn(1, 4, 8, 16, generator=torch.Generator().manual_seed(0))
-    with torch.no_grad():
-        for t in scheduler.timesteps:
-            noise = theirs(x, t, pipe.clip.text(["a cat"])).sample
-            x = scheduler.step(noise, t, x).prev_sample
-    torch.testing.assert_close(latents[-1][:, 0], x, rtol=1e-4, atol=1e-5)
-
-
-def test_latents_are_not_clipped(pipe, tmp_path):
-    """As DDIM would where the folder has another scheduler's configuration, which does not speak of it."""
-    pipe.save_pretrained(tmp_path)
-    EulerDiscreteScheduler.from_config(SCHEDULE).save_pretrained(tmp_path / "scheduler")
-    path = tmp_path / "scheduler" / "scheduler_config.json"
-    path.write_text(json.dumps({key: x for key, x in json.loads(path.read_text()).items() if key != "clip_sample"}))
-    again = UniVidPipeline.from_pretrained(tmp_path)
-    assert not SCHEDULERS["ddim"].from_config(again.scheduler).config.clip_sample
-
-
 @pytest.mark.parametrize(
     ("given", "error"),
     [
@@ -410,37 +230,6 @@ def test_bad_input(pipe, given, error):
         frames(pipe, **given)
 
 
-@pytest.mark.parametrize("names", ["today's", "Stable Diffusion 2.1's"])
-def test_autoencoder(pipe, tmp_path, names):
-    pipe.vae.save(tmp_path)
-    path = tmp_path / "diffusion_pytorch_model.safetensors"
-    tensors = load_file(path)
-    if names != "today's":
-        for new, old in [("to_q", "query"), ("to_k", "key"), ("to_v", "value"), ("to_out.0", "proj_attn")]:
-            for name in [name for name in tensors if f".attentions.0.{new}." in name]:
-                x = tensors.pop(name)
-                tensors[name.replace(new, old)] = x[:, :, None, None] if x.ndim == 2 else x
-        assert len([name for name in tensors if "proj_attn" in name]) == 4
-        save_file(tensors, path)
-    latents = torch.randn(1, 2, 4, 8, 8)
-    assert torch.equal(load_autoencoder(tmp_path).decode(latents), pipe.vae.decode(latents))
-    name = "decoder.conv_in.bias"
-    for change, error in [
-        ({n: x for n, x in tensors.items() if n != name}, f"misses {name}$"),
-        (tensors | {"extra": torch.zeros(1)}, "has left over extra$"),
-        (tensors | {name: torch.zeros(3)}, rf"has other shapes: {name} \(3,\) for \(8,\)$"),
-    ]:
-        save_file(change, path)
-        with pytest.raises(ValueError, match=error):
-            load_autoencoder(tmp_path)
-    (tmp_path / "config.json").write_text('{"block_out_channels": 5}')
-    with pytest.raises(ValueError, match="is not of diffusers' AutoencoderKL"):
-        load_autoencoder(tmp_path)
-    (tmp_path / "config.json").write_text('{"block_out_channels": [3]}')
-    with pytest.raises(ValueError, match=r"config\.json is not of diffusers' AutoencoderKL: num_channels \(3\)"):
-        load_autoencoder(tmp_path)
-
-
 class Recomputed(Graphed):
     """What a graph does, without a card: a replay reads what the capture read, and writes where it wrote."""
 
@@ -477,10 +266,6 @@ def test_a_kept_graph_takes_other_conditions(pipe, monkeypatch):
     graph_after("a cat")
     kept.to("cpu")
     assert kept._kept is None
-
-
-def interrupt(*_: object) -> None:
-    raise KeyboardInterrupt
 
 
 def test_decoding_takes_the_graphs_memory(monkeypatch):

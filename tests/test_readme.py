@@ -13,8 +13,8 @@ import torch
 from safetensors.torch import load_file
 
 import univid
+from tests.small_pipeline import make
 from tests.test_data import video
-from tests.test_pipeline import make
 from univid import doctor, ops
 from univid.ops import dispatch
 from univid.ops.explain import _OPERATORS

@@ -8,8 +8,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from tests.small_pipeline import make
 from tests.test_data import mp4, shard, shards  # noqa: F401 - fixtures
-from tests.test_pipeline import make
 from tests.test_train import ENVIRONMENT, ROOT, TORCHRUN
 from tests.train_worker import TINY, configure
 from train.config import Model

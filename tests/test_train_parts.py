@@ -13,8 +13,8 @@ import pytest
 import torch
 from diffusers import DDIMScheduler
 
+from tests.small_pipeline import SCHEDULE, make
 from tests.test_data import mp4, shards  # noqa: F401 - fixtures
-from tests.test_pipeline import SCHEDULE, make
 from tests.train_worker import configure, state_of, train
 from train.bench import main as bench
 from train.config import CONFIGS, Config, Model, Optimizer, Stream, load
