@@ -8,11 +8,12 @@ import torch
 from torch._dynamo.exc import FailOnRecompileLimitHit
 
 from tests.calls import Seen
-from tests.train_worker import configure
+from tests.train_worker import configure, state_of
 from train.data import Conditioned, Encoder
 from train.diffusion import Diffusion
 from train.flops import forward_flops
 from train.fsdp import Trainer
+from train.graphs import StepGraphs
 from train.parts import SCHEDULE
 from train.processes import processes
 from train.sharding import ATTENTION
@@ -103,3 +104,38 @@ def test_more_graphs_than_there_are_shapes_end_the_run(alone, tmp_path, monkeypa
     with pytest.raises(FailOnRecompileLimitHit):
         trainer.run()
     torch._dynamo.reset()
+
+
+# --- steps that are replayed ----------------------------------------------------------------------------------------------
+
+
+class Replayed(StepGraphs):
+    """Stands for CUDA graphs on the CPU: a replay computes anew, from what it was captured on."""
+
+    def __init__(self, function, shards, mesh):
+        self.function, self.shards, self.mesh = function, shards, mesh
+        self.kinds, self.gradients = {}, []
+
+    def _run(self, inputs):
+        return self.function(inputs)
+
+    def _capture(self, kind):
+        kind.loss = torch.zeros(())
+        kind.graph = SimpleNamespace(replay=lambda: kind.loss.copy_(self.function(kind.inputs)))
+
+
+def test_replays_see_the_inputs_of_their_step(alone, tmp_path):
+    """All that differs from step to step is in tensors that are handed over: conditions, noise, reference frames."""
+
+    def after_some_steps(replayed: bool):
+        trainer = Trainer(configure(tmp_path, "stage=joint", "optimizer.accumulate=2"), alone)
+        if replayed:
+            trainer.backward = Replayed(trainer.plain_backward, trainer.optimizer.shards, alone.mesh)
+        losses = [trainer.train_step().loss.item() for _ in range(16)]
+        return trainer, state_of(trainer), losses
+
+    _, plain, losses = after_some_steps(False)
+    trainer, replayed, same = after_some_steps(True)
+    assert len(trainer.backward.kinds) == 6 and any(kind.graph for kind in trainer.backward.kinds.values())
+    assert same == losses
+    assert not [name for name in plain if not torch.equal(plain[name], replayed[name])]
