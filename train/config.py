@@ -110,7 +110,7 @@ class Optimizer:
 class Compute:
     dtype: Literal["auto", "bfloat16", "float32"] = "auto"  # of the computation; "auto": float32 on the CPU only
     compile: str = "none"  # or a backend of torch.compile for the blocks, such as "inductor"
-    cuda_graphs: bool = True  # on GPUs: each kind of step is captured and replayed
+    cuda_graphs: bool = True  # on GPUs: each kind of step is captured and replayed; not where blocks are compiled
     activation_checkpointing: bool = False  # blocks are computed again in the backward, all but their attention
     replicas: int = 0  # copies of the shards; 0: one a node
 

@@ -85,7 +85,7 @@ class Trainer:
         self.diffusion = Diffusion(self.parts.scheduler, device, config.optimizer.min_snr)
         self.optimizer = ShardedAdamW(self.model, config.optimizer, processes.shard_group)
         self.backward: Callable[[Inputs], torch.Tensor] = self.plain_backward
-        if on_gpu and config.compute.cuda_graphs:
+        if on_gpu and config.compute.cuda_graphs and config.compute.compile == "none":
             self.backward = StepGraphs(self.plain_backward, self.optimizer.shards, processes.mesh)
         self.sources = {
             name: open_source(name, stream, unet, self.encoder, processes, config.seed)
