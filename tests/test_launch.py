@@ -137,6 +137,33 @@ def test_shipped_winners_are_of_the_kernels_as_they_are(monkeypatch):
     assert not any(one._shipped(device) for one in kernels.values())
 
 
+def test_winners_are_collected(monkeypatch, tmp_path):
+    """What was measured here joins what was shipped, but for kernels that have changed; it is what is then found."""
+    from benchmarks import winners
+
+    kernels = {one.name: one for one in winners.all_tuned()}
+    kept, changed, fresh = (kernels[name] for name in ("geglu.forward", "concat.copy", "add_bias.add_bias"))
+    device = torch.device("cuda", 0)
+    monkeypatch.setattr(torch, "get_device_module", lambda _: SimpleNamespace(get_device_name=lambda _: "Card 9000"))
+    monkeypatch.setattr(launch, "_cache_folder", lambda: str(tmp_path))
+    for one, winner in ((kept, "new"), (fresh, "only")):
+        launch._write(one._path(device), {"b": winner})
+    before = {
+        kept.name: {"source": kept.source, "winners": {"a": "old", "b": "old"}},
+        changed.name: {"source": "of another text", "winners": {"a": "old"}},
+        "gone.forward": {"source": "", "winners": {"a": "old"}},
+    }
+    found = winners.collected(device, {"kernels": before})
+    assert found["gpu"] == "Card 9000"
+    assert {name: entry["winners"] for name, entry in found["kernels"].items()} == {
+        kept.name: {"a": "old", "b": "new"},
+        fresh.name: {"b": "only"},
+    }
+    monkeypatch.setattr(launch, "architecture", lambda device: "sm_90")
+    monkeypatch.setattr(launch, "shipped", lambda: {"sm_90": found})
+    assert fresh._shipped(device) == {"b": "only"} and changed._shipped(device) == {}
+
+
 def test_source_is_of_what_a_kernel_calls_too():
     """Two kernels of the same text, of which one calls another function of the same name."""
     digests = []

@@ -26,7 +26,8 @@ _EXAMPLES = """\
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command; 0 if it did what it says, 2 for bad input, 130 if it was interrupted."""
     options = _parser().parse_args(arguments)
-    # Before PyTorch is there: threads that wait spin, and where other programs have the cores a clip takes 98 s in place of 18 (2 cores).
+    # Before PyTorch is there, whose waiting threads spin: with one of two cores taken by others, a clip took 98 s spinning and 18 s
+    # asleep (2026-11-29).
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     warnings.showwarning = lambda message, *_, **__: print(f"univid: warning: {message}", file=sys.stderr)
     try:

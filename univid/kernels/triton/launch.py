@@ -12,6 +12,7 @@ the interpreter and captures without a measured winner do.
 import hashlib
 import json
 import os
+import re
 import tempfile
 import threading
 from collections.abc import Callable
@@ -147,7 +148,7 @@ class Tuned:
 
     @cached_property
     def source(self) -> str:
-        """A digest of the kernel's text and of all it calls in this package, the same with every version of Triton."""
+        """A digest of the kernel's text and of all it calls in this package, the same with every Python and Triton."""
         texts: dict[str, str] = {}
         _collect_sources(self._jitted, texts)
         return hashlib.sha256("".join(texts[name] for name in sorted(texts)).encode()).hexdigest()[:16]
@@ -175,8 +176,8 @@ def _collect_sources(kernel: JITFunction, texts: dict[str, str]) -> None:
     if name in texts:
         return
     texts[name] = kernel.src
-    for used in kernel.fn.__code__.co_names:
-        other = kernel.fn.__globals__.get(used)
+    for word in set(re.findall(r"\w+", kernel.src)):  # the names in byte code are not the same in every Python
+        other = kernel.fn.__globals__.get(word)
         if isinstance(other, JITFunction) and other.__module__.startswith("univid."):
             _collect_sources(other, texts)
 
