@@ -11,6 +11,7 @@
 #include "group_norm.h"
 #include "pyramid.h"
 #include "temporal.h"
+#include "temporal_conv.h"
 
 namespace py = pybind11;
 
@@ -75,6 +76,19 @@ KeyStream key_stream(const KeyStreamArguments& arguments) {
 std::array<KeyStream, 2> key_streams(const std::vector<KeyStreamArguments>& streams) {
   return {key_stream(streams.at(0)), streams.size() > 1 ? key_stream(streams[1]) : KeyStream{}};
 }
+
+// B, T, N, C, C_out, K
+using ConvSizes = std::array<int64_t, 6>;
+
+TemporalConvShape conv_shape(const ConvSizes& sizes, bool transposed, DType dtype) {
+  const auto [B, T, N, C, C_out, K] = sizes;
+  return {B, T, N, C, C_out, K, transposed, dtype};
+}
+
+// (address, stride of B, of T·N)
+using ClipsArguments = std::array<int64_t, 3>;
+
+ClipsView clips(const ClipsArguments& x) { return {pointer<void>(x[0]), x[1], x[2]}; }
 
 // M, N, C, G
 using GroupNormSizes = std::array<int64_t, 4>;
@@ -245,6 +259,23 @@ PYBIND11_MODULE(_csrc, module) {
              inverse[1], equal_rows, one_query, deterministic, pointer<const void>(out),
              pointer<const float>(logsumexp), pointer<void>(workspace)},
             device, stream_of(stream));
+      },
+      no_gil);
+
+  module.def("temporal_conv_workspace", [](const ConvSizes& sizes, int tiles, int device) {
+    return temporal_conv_workspace(conv_shape(sizes, false, DType::kBFloat16), tiles, device);
+  });
+
+  module.def(
+      "temporal_conv",
+      // weight: address, stride of C_out, of K; bias: address, stride of B
+      [](const ConvSizes& sizes, bool transposed, DType dtype, const ClipsArguments& x,
+         const std::array<int64_t, 3>& weight, const std::array<int64_t, 2>& bias, const ClipsArguments& residual,
+         const ClipsArguments& out, uintptr_t workspace, int tiles, int device, uintptr_t stream) {
+        temporal_conv({conv_shape(sizes, transposed, dtype), clips(x), clips(residual), clips(out),
+                       pointer<const void>(weight[0]), weight[1], weight[2], pointer<const void>(bias[0]), bias[1],
+                       pointer<void>(workspace), tiles},
+                      device, stream_of(stream));
       },
       no_gil);
 }

@@ -35,7 +35,7 @@ struct alignas(8) Affine {
 constexpr SlabNeeds kNeeds{.tensors = 1,
                            .max_threads = kMaxThreads,
                            .registers = 64,
-                           .steps = 12,
+                           .steps = 16,
                            .partial = false,
                            .table_bytes = [](const SlabPlan& plan) {
                              const int of_group =

@@ -91,7 +91,7 @@ inline SlabPlan plan_slab(const GroupNormShape& shape, const SlabNeeds& needs, i
 // overlap another's arithmetic, and where runs are whole 32-byte sectors; clusters cost some waiting.
 inline double estimate(const GroupNormShape& shape, const SlabNeeds& needs, const SlabPlan& plan) {
   constexpr int kThreads = 2048;
-  constexpr double kOverlap[] = {0, 0.6, 0.85, 0.95, 1};  // by blocks of an SM
+  constexpr double kOverlap[] = {0, 0.6, 0.92, 0.95, 1};  // by blocks of an SM
   const int resident = std::min({kSharedMemory / (plan.shared + kReserved), kThreads / plan.threads,
                                  kRegisters / (plan.threads * needs.registers)});
   const double bytes = plan.data_bytes(needs.tensors), run = plan.units * kUnitBytes;

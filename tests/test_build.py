@@ -75,8 +75,13 @@ def test_machine_code_uses_tensor_cores_and_no_local_memory(report):
         [triton.knobs.nvidia.cuobjdump.path, "-sass", library], capture_output=True, text=True, check=True
     ).stdout
     functions = {text.split()[0]: text for text in code.split("Function : ")[1:]}
-    temporal = [text for name, text in functions.items() if "temporal" in name]
-    assert temporal and all("HMMA.16816.F32" in text for text in temporal)
+    for file, product in (
+        ("temporal_fwd", "HMMA.16816.F32"),
+        ("temporal_bwd", "HMMA.16816.F32"),
+        ("temporal_conv", "HGMMA.64x160x16"),
+    ):
+        of_file = [text for name, text in functions.items() if file in name]
+        assert of_file and all(product in text for text in of_file), file
     assert not [name for name, text in functions.items() if re.search(r"\b(LDL|STL)\b", text)]
 
 

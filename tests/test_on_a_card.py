@@ -204,7 +204,8 @@ def test_another_device(case, backend):
 def run_cuda_kernels():
     """Every CUDA kernel, on shapes with remainders; what compute-sanitizer watches. Prints how many calls ran."""
     ran = 0
-    for cases in (("temporal", "temporal_qkv"), ("pyramid", "pyramid_qkv"), ("dual", "dual-text")):
+    attention = ("temporal", "temporal_qkv", "pyramid", "pyramid_qkv", "dual", "dual-text")
+    for case in (*attention, "conv", "norm", "norm-float32"):
         for dtype in (torch.bfloat16, torch.float16):
             for frames, tokens, heads, dim in (
                 (1, 1, 1, 8),
@@ -214,14 +215,13 @@ def run_cuda_kernels():
                 (24, 37, 2, 64),
                 (33, 2, 1, 40),
                 (64, 3, 1, 64),
+                *([(1, 2880, 1, 160)] if case == "norm" else ()),
             ):
-                for case in cases:
-                    inputs = arguments(case, dtype=dtype, B=2, T=frames, N=tokens, H=heads, D=dim)
-                    inputs = {name: x.cuda() if isinstance(x, Tensor) else x for name, x in inputs.items()}
-                    if refusal(case, inputs, "cuda") is None:
-                        grad = torch.randn(2, frames, tokens, heads, dim).to("cuda", dtype)
-                        differentiate(case, inputs, grad=lambda _: grad, backend="cuda")  # noqa: B023
-                        ran += 1
+                inputs = arguments(case, dtype=dtype, B=2, T=frames, N=tokens, H=heads, D=dim)
+                inputs = {name: x.cuda() if isinstance(x, Tensor) else x for name, x in inputs.items()}
+                if refusal(case, inputs, "cuda") is None:
+                    differentiate(case, inputs, backend="cuda")
+                    ran += 1
     torch.cuda.synchronize()
     print(f"{ran} calls ran")
 

@@ -72,6 +72,9 @@ CASES = [
     ConvCase(id="no-bias", bias=None, **ONCE),
     ConvCase(id="bias-of-each-clip", bias="each", compiled=DTYPES, **(TWICE | {"small": {"N": 7}})),
     ConvCase(id="bias-of-each-clip-long", bias="each", T=16, N=180, C_out=320, C=64),
+    ConvCase(id="tiles-cut", T=12, N=45, C=320, C_out=320, K=9, bias="each", compiled=(BF16, FP16)),  # by the CUDA kernel
+    ConvCase(id="tiles-cut-odd", B=3, T=12, N=45, C=328, C_out=136, K=9),
+    ConvCase(id="short-clips", B=40, T=3, N=9, C=64, C_out=328, K=5, bias="each", needs=("x",)),  # a tile holds several
     ConvCase(id="no-residual", residual=False, **ONCE),
     ConvCase(id="alone", bias=None, residual=False),
     ConvCase(id="channels-first", channels_first=True, compiled=(BF16, FP32), **ONCE),

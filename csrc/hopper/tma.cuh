@@ -15,6 +15,32 @@ namespace univid::hopper {
 
 namespace ptx = cuda::ptx;
 
+// A tensor of 2-byte elements as its copies see it. Sizes and the box count elements, from the contiguous dimension on;
+// strides, of the others, count bytes.
+template <int kRank>
+CUtensorMap encode_map(const void* data, DType dtype, const cuuint64_t (&sizes)[kRank],
+                       const cuuint64_t (&strides)[kRank - 1], const cuuint32_t (&box)[kRank],
+                       CUtensorMapSwizzle swizzle) {
+  static const auto encode = [] {
+    void* function = nullptr;
+    cudaDriverEntryPointQueryResult result;
+    check(cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &function, 12000, cudaEnableDefault, &result),
+          "cudaGetDriverEntryPointByVersion");
+    if (result != cudaDriverEntryPointSuccess) throw std::runtime_error("the driver has no cuTensorMapEncodeTiled");
+    return reinterpret_cast<decltype(&cuTensorMapEncodeTiled)>(function);
+  }();
+  cuuint32_t steps[kRank];
+  std::fill(steps, steps + kRank, 1);
+  CUtensorMap map;
+  const CUresult error =
+      encode(&map, dtype == DType::kBFloat16 ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16 : CU_TENSOR_MAP_DATA_TYPE_FLOAT16,
+             kRank, const_cast<void*>(data), sizes, strides, box, steps, CU_TENSOR_MAP_INTERLEAVE_NONE, swizzle,
+             CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+  if (error != CUDA_SUCCESS)
+    throw std::invalid_argument("cuTensorMapEncodeTiled refuses a tensor: error " + std::to_string(error));
+  return map;
+}
+
 // A (B, T, N, H, D) tensor as its copies see it: boxes of `rows` tokens of one head of one frame, 64 elements of 2
 // bytes each, 128-byte swizzle. An expanded dimension has one element, which every index means.
 struct TensorMap {
@@ -24,14 +50,6 @@ struct TensorMap {
 
 inline TensorMap tensor_map(const TensorView& tensor, DType dtype, int64_t batch, int64_t frames, int64_t tokens,
                             int64_t heads, int rows) {
-  static const auto encode = [] {
-    void* function = nullptr;
-    cudaDriverEntryPointQueryResult result;
-    check(cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &function, 12000, cudaEnableDefault, &result),
-          "cudaGetDriverEntryPointByVersion");
-    if (result != cudaDriverEntryPointSuccess) throw std::runtime_error("the driver has no cuTensorMapEncodeTiled");
-    return reinterpret_cast<decltype(&cuTensorMapEncodeTiled)>(function);
-  }();
   constexpr cuuint32_t kDim = 64;
   TensorMap result{};
   cuuint64_t sizes[5] = {kDim, static_cast<cuuint64_t>(tokens), 1, 1, 1};
@@ -47,13 +65,7 @@ inline TensorMap tensor_map(const TensorView& tensor, DType dtype, int64_t batch
   add(3, frames, tensor.stride_t, result.moves_t);
   add(4, batch, tensor.stride_b, result.moves_b);
   const cuuint32_t box[5] = {kDim, static_cast<cuuint32_t>(rows), 1, 1, 1};
-  const cuuint32_t steps[5] = {1, 1, 1, 1, 1};
-  const CUresult error = encode(
-      &result.map, dtype == DType::kBFloat16 ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16 : CU_TENSOR_MAP_DATA_TYPE_FLOAT16, 5,
-      tensor.data, sizes, strides, box, steps, CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
-      CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
-  if (error != CUDA_SUCCESS)
-    throw std::invalid_argument("cuTensorMapEncodeTiled refuses a tensor: error " + std::to_string(error));
+  result.map = encode_map(tensor.data, dtype, sizes, strides, box, CU_TENSOR_MAP_SWIZZLE_128B);
   return result;
 }
 
@@ -92,6 +104,16 @@ __device__ inline void expect(uint64_t* barrier, uint32_t bytes) {
 __device__ inline void arrive_warp(uint64_t* barrier) {
   __syncwarp();
   if (threadIdx.x % 32 == 0) ptx::mbarrier_arrive(barrier);
+}
+
+// At the barrier that lies where this one does, in another block of the cluster or in this one.
+__device__ inline void arrive_in(uint64_t* barrier, uint32_t rank) {
+  asm volatile(
+      "{ .reg .b32 there; mapa.shared::cluster.u32 there, %0, %1;\n"
+      "mbarrier.arrive.shared::cluster.b64 _, [there]; }" ::"r"(
+          static_cast<uint32_t>(__cvta_generic_to_shared(barrier))),
+      "r"(rank)
+      : "memory");
 }
 
 // The `filled` and `free` barriers of a ring of tiles, and how they are walked: tile i lies in slot i % kSlots.

@@ -21,6 +21,15 @@ __device__ inline uint64_t tile_descriptor(const void* tile) {
   return uint64_t{address >> 4} | uint64_t{1} << 16 | uint64_t{1024 >> 4} << 32 | uint64_t{1} << 62;
 }
 
+// A tile of 64-byte rows (32 elements) in the 64-byte swizzle, as operand b by rows: kRows rows of 32 columns, the next
+// 32 columns behind them. Adding 64 steps 16 rows down. In a cluster the address begins with the block's rank, which is
+// no part of it (and falls into bits that the other descriptor does not use).
+template <int kRows>
+__device__ inline uint64_t half_tile_descriptor(const void* tile) {
+  const uint32_t address = static_cast<uint32_t>(__cvta_generic_to_shared(tile)) & 0x3ffff;
+  return uint64_t{address >> 4} | uint64_t{kRows * 64 >> 4} << 16 | uint64_t{512 >> 4} << 32 | uint64_t{2} << 62;
+}
+
 // Before the first product that reads registers written by ordinary instructions.
 __device__ inline void wgmma_fence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
 
@@ -125,6 +134,46 @@ UNIVID_WGMMA_SHARED_32(multiply_by_columns, __half, "f16", "0")
 UNIVID_WGMMA_SHARED_44(multiply_by_columns, __nv_bfloat16, "bf16", "0")
 UNIVID_WGMMA_SHARED_44(multiply_by_columns, __half, "f16", "0")
 
+// d += a · b, both in shared memory, a by columns: 64 x N, up to the widest.
+#define UNIVID_D64 \
+  UNIVID_D48       \
+  ", %48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
+#define UNIVID_D80 \
+  UNIVID_D64       \
+  ", %64, %65, %66, %67, %68, %69, %70, %71, %72, %73, %74, %75, %76, %77, %78, %79"
+#define UNIVID_D128                                                                                                    \
+  UNIVID_D80                                                                                                           \
+  ", %80, %81, %82, %83, %84, %85, %86, %87, %88, %89, %90, %91, %92, %93, %94, %95, %96, %97, %98, %99, %100, %101, " \
+  "%102, %103, "                                                                                                       \
+  "%104, %105, %106, %107, %108, %109, %110, %111, %112, %113, %114, %115, %116, %117, %118, %119, %120, %121, %122, " \
+  "%123, %124, %125, %126, %127"
+#define UNIVID_F64(d) UNIVID_F16(d, 0), UNIVID_F16(d, 16), UNIVID_F16(d, 32), UNIVID_F16(d, 48)
+#define UNIVID_F80(d) UNIVID_F64(d), UNIVID_F16(d, 64)
+#define UNIVID_F128(d) UNIVID_F80(d), UNIVID_F16(d, 80), UNIVID_F16(d, 96), UNIVID_F16(d, 112)
+#define UNIVID_WGMMA_WIDE(ELEMENT, TYPE, N, SIZE, A, B, BY_ROWS)                             \
+  template <bool kByRows>                                                                    \
+  __device__ inline void multiply_tiles(ELEMENT, float (&d)[SIZE], uint64_t a, uint64_t b) { \
+    asm volatile(                                                                            \
+        "{ .reg .pred add; setp.ne.b32 add, 1, 0;\n"                                         \
+        "wgmma.mma_async.sync.aligned.m64n" N "k16.f32." TYPE "." TYPE " {" UNIVID_D##SIZE   \
+        "}, " A ", " B ", add, 1, 1, 0, " BY_ROWS "; }"                                      \
+        : UNIVID_F##SIZE(d)                                                                  \
+        : "l"(a), "l"(b), "n"(int{kByRows}));                                                \
+  }
+UNIVID_WGMMA_WIDE(__nv_bfloat16, "bf16", "128", 64, "%64", "%65", "%66")
+UNIVID_WGMMA_WIDE(__half, "f16", "128", 64, "%64", "%65", "%66")
+UNIVID_WGMMA_WIDE(__nv_bfloat16, "bf16", "160", 80, "%80", "%81", "%82")
+UNIVID_WGMMA_WIDE(__half, "f16", "160", 80, "%80", "%81", "%82")
+UNIVID_WGMMA_WIDE(__nv_bfloat16, "bf16", "256", 128, "%128", "%129", "%130")
+UNIVID_WGMMA_WIDE(__half, "f16", "256", 128, "%128", "%129", "%130")
+
+#undef UNIVID_WGMMA_WIDE
+#undef UNIVID_F128
+#undef UNIVID_F80
+#undef UNIVID_F64
+#undef UNIVID_D128
+#undef UNIVID_D80
+#undef UNIVID_D64
 #undef UNIVID_WGMMA_SHARED_44
 #undef UNIVID_WGMMA_SHARED_32
 #undef UNIVID_WGMMA_SHARED
@@ -188,6 +237,18 @@ __device__ inline uint32_t pack(float low, float high) {
   else
     asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(d) : "f"(high), "f"(low));
   return d;
+}
+
+// Two neighbouring elements as floats.
+template <typename Element>
+__device__ inline void unpack(uint32_t pair, float& low, float& high) {
+  if constexpr (std::is_same_v<Element, __half>) {
+    low = __half2float(__ushort_as_half(static_cast<unsigned short>(pair)));
+    high = __half2float(__ushort_as_half(static_cast<unsigned short>(pair >> 16)));
+  } else {
+    low = __uint_as_float(pair << 16);
+    high = __uint_as_float(pair & 0xffff0000);
+  }
 }
 
 // The address of a lane's 16 bytes where a warp moves 16 columns, from 16 · i, of its rows of a swizzled 64 x 64 tile.
