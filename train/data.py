@@ -13,8 +13,7 @@ from train.config import Stream
 from train.parts import Parts
 from train.processes import Processes
 from train.sharding import stable_seed
-from train.stages import to_device
-from univid.data.batch import Batch
+from univid.data.batch import Batch, to_device
 from univid.data.cache import Cached
 from univid.data.dataset import DataConfig, open_dataset
 from univid.data.loader import Loader

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from train.config import Stream
 from train.sharding import Denoiser, stable_seed
+from univid.data.batch import to_device
 from univid.model import UNet
 from univid.ops import ReferenceFrames
 
@@ -123,8 +124,3 @@ def reference_frames(unet: UNet, num_frames: int, generator: torch.Generator, de
         return ReferenceFrames(table, refs.num_key_frames, refs.padded, rows, inverse, joined)
 
     return {f: moved(refs) for f, refs in unet.reference_frames(num_frames, "cpu", generator).items()}
-
-
-def to_device(x: Tensor, device: torch.device) -> Tensor:
-    """To a device without waiting for it."""
-    return x.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else x.to(device)

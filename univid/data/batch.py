@@ -65,3 +65,9 @@ def collate(samples: Sequence[Sample]) -> Batch:
         torch.tensor([s.fps for s in samples], dtype=torch.float32),
         **{name: stack(name) for name in ("frames", "latents", "text", "image")},
     )
+
+
+def to_device(x: Tensor, device: torch.device | str) -> Tensor:
+    """On a device; from the CPU to a GPU without waiting for the copy."""
+    ahead = x.device.type == "cpu" and torch.device(device).type == "cuda"
+    return x.pin_memory().to(device, non_blocking=True) if ahead else x.to(device)

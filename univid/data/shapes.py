@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from univid.data import shapes_captions
+from univid.data.batch import to_device
 
 HELD_OUT = 1 << 40
 
@@ -91,7 +92,7 @@ class Attributes:
         return Attributes(**{field.name: getattr(self, field.name)[rows] for field in fields(self)})
 
     def to(self, device: torch.device | str) -> Attributes:
-        return Attributes(**{field.name: getattr(self, field.name).to(device) for field in fields(self)})
+        return Attributes(**{field.name: to_device(getattr(self, field.name), device) for field in fields(self)})
 
     def names(self, row: int) -> dict[str, str]:
         """What one clip shows, in words."""
@@ -206,7 +207,7 @@ class Shapes:
         """Frames ``(B, T, H, W, 3)``, uint8, on ``device`` (the attributes' by default): all, or those that ``frames`` names."""
         attributes = attributes.to(device if device is not None else attributes.shape.device)
         which = torch.tensor(range(self.num_frames) if frames is None else frames, dtype=torch.float32)
-        which = which.to(attributes.shape.device)
+        which = to_device(which, attributes.shape.device)
         starts = range(0, len(attributes), _CHUNK)
         parts = [self._render(attributes[start : start + _CHUNK], which) for start in starts]
         empty = torch.empty(0, len(which), self.size, self.size, 3, dtype=torch.uint8, device=which.device)
@@ -247,7 +248,7 @@ class Shapes:
         u, v = (cos * dx + sin * dy) / over(radius), (cos * dy - sin * dx) / over(radius)
         distance = signed_distance(a.shape[:, None, None, None], u, v) * over(radius)
         mask = (0.5 - distance).clamp(0, 1)
-        palette = torch.tensor(list(COLOURS.values()), dtype=torch.float32, device=device)
+        palette = to_device(torch.tensor(list(COLOURS.values()), dtype=torch.float32), device)
         tones = a.tones[:, :, None, None, None]
         ground = torch.lerp(tones[:, 0], tones[:, 1], self._texture(a, which, x, y)[..., None])
         frames = torch.lerp(ground, palette[a.colour][:, None, None, None], mask[..., None])
@@ -286,7 +287,7 @@ def signed_distance(shape: Tensor, x: Tensor, y: Tensor) -> Tensor:
     Polygons and the star are one formula with n points (after Quilez, 2D distance functions): folded into half a wedge, the
     edge is a segment.
     """
-    table = lambda *values: torch.tensor(values, dtype=x.dtype, device=x.device)[shape]  # noqa: E731
+    table = lambda *values: to_device(torch.tensor(values, dtype=x.dtype), x.device)[shape]  # noqa: E731
     points, edge = table(1, 1, 4, 3, 5, 4), table(1, 1, 2, 2, 3, 2)
     length = (x * x + y * y).sqrt()
     half = pi / points
