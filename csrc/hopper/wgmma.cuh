@@ -134,22 +134,15 @@ UNIVID_WGMMA_SHARED_32(multiply_by_columns, __half, "f16", "0")
 UNIVID_WGMMA_SHARED_44(multiply_by_columns, __nv_bfloat16, "bf16", "0")
 UNIVID_WGMMA_SHARED_44(multiply_by_columns, __half, "f16", "0")
 
-// d += a · b, both in shared memory, a by columns: 64 x N, up to the widest.
+// d += a · b, both in shared memory, a by columns, b by rows or by columns (see above): 64 x 160.
 #define UNIVID_D64 \
   UNIVID_D48       \
   ", %48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
 #define UNIVID_D80 \
   UNIVID_D64       \
   ", %64, %65, %66, %67, %68, %69, %70, %71, %72, %73, %74, %75, %76, %77, %78, %79"
-#define UNIVID_D128                                                                                                    \
-  UNIVID_D80                                                                                                           \
-  ", %80, %81, %82, %83, %84, %85, %86, %87, %88, %89, %90, %91, %92, %93, %94, %95, %96, %97, %98, %99, %100, %101, " \
-  "%102, %103, "                                                                                                       \
-  "%104, %105, %106, %107, %108, %109, %110, %111, %112, %113, %114, %115, %116, %117, %118, %119, %120, %121, %122, " \
-  "%123, %124, %125, %126, %127"
 #define UNIVID_F64(d) UNIVID_F16(d, 0), UNIVID_F16(d, 16), UNIVID_F16(d, 32), UNIVID_F16(d, 48)
 #define UNIVID_F80(d) UNIVID_F64(d), UNIVID_F16(d, 64)
-#define UNIVID_F128(d) UNIVID_F80(d), UNIVID_F16(d, 80), UNIVID_F16(d, 96), UNIVID_F16(d, 112)
 #define UNIVID_WGMMA_WIDE(ELEMENT, TYPE, N, SIZE, A, B, BY_ROWS)                             \
   template <bool kByRows>                                                                    \
   __device__ inline void multiply_tiles(ELEMENT, float (&d)[SIZE], uint64_t a, uint64_t b) { \
@@ -160,18 +153,12 @@ UNIVID_WGMMA_SHARED_44(multiply_by_columns, __half, "f16", "0")
         : UNIVID_F##SIZE(d)                                                                  \
         : "l"(a), "l"(b), "n"(int{kByRows}));                                                \
   }
-UNIVID_WGMMA_WIDE(__nv_bfloat16, "bf16", "128", 64, "%64", "%65", "%66")
-UNIVID_WGMMA_WIDE(__half, "f16", "128", 64, "%64", "%65", "%66")
 UNIVID_WGMMA_WIDE(__nv_bfloat16, "bf16", "160", 80, "%80", "%81", "%82")
 UNIVID_WGMMA_WIDE(__half, "f16", "160", 80, "%80", "%81", "%82")
-UNIVID_WGMMA_WIDE(__nv_bfloat16, "bf16", "256", 128, "%128", "%129", "%130")
-UNIVID_WGMMA_WIDE(__half, "f16", "256", 128, "%128", "%129", "%130")
 
 #undef UNIVID_WGMMA_WIDE
-#undef UNIVID_F128
 #undef UNIVID_F80
 #undef UNIVID_F64
-#undef UNIVID_D128
 #undef UNIVID_D80
 #undef UNIVID_D64
 #undef UNIVID_WGMMA_SHARED_44
