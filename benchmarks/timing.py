@@ -1,8 +1,8 @@
-"""How a time is taken: the median of cold-cache runs; under 0.2 ms also as a CUDA graph, free of launch gaps.
+"""How a time is taken: the median of cold-cache runs; under 1 ms as a CUDA graph, free of launch gaps.
 
-A Python operator costs some tens of microseconds of CPU time, which hides a short kernel: what counts for it is the
-replay of a graph in which the call stands once for each of several input sets, so that no replay finds its inputs in
-the L2 cache.
+A Python operator costs some tens of microseconds of CPU time, its backward by autograd up to a millisecond where the
+CPU is slow, which hides a short kernel: what counts for it is the replay of a graph in which the call stands once for
+each of several input sets, so that no replay finds its inputs in the L2 cache.
 """
 
 from collections.abc import Callable, Sequence
@@ -10,8 +10,8 @@ from collections.abc import Callable, Sequence
 import torch
 from triton.testing import do_bench
 
-SHORT_MS = 0.2  # what a replay is reported for
-MAYBE_SHORT_MS = 1.0  # an eager time under which the kernels may be as short, the rest being the host's
+SHORT_MS = 1.0  # what a replay is reported for
+MAYBE_SHORT_MS = 3.0  # an eager time under which the kernels may be as short, the rest being the host's
 _GRAPH_BYTES = 200 << 20  # inputs of one graph replay: more than three times the L2 of an H200
 
 

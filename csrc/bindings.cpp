@@ -262,8 +262,8 @@ PYBIND11_MODULE(_csrc, module) {
       },
       no_gil);
 
-  module.def("temporal_conv_workspace", [](const ConvSizes& sizes, int tiles, int device) {
-    return temporal_conv_workspace(conv_shape(sizes, false, DType::kBFloat16), tiles, device);
+  module.def("temporal_conv_workspace", [](const ConvSizes& sizes, int tiling, int device) {
+    return temporal_conv_workspace(conv_shape(sizes, false, DType::kBFloat16), tiling, device);
   });
 
   module.def(
@@ -271,11 +271,26 @@ PYBIND11_MODULE(_csrc, module) {
       // weight: address, stride of C_out, of K; bias: address, stride of B
       [](const ConvSizes& sizes, bool transposed, DType dtype, const ClipsArguments& x,
          const std::array<int64_t, 3>& weight, const std::array<int64_t, 2>& bias, const ClipsArguments& residual,
-         const ClipsArguments& out, uintptr_t workspace, int tiles, int device, uintptr_t stream) {
+         const ClipsArguments& out, uintptr_t workspace, int tiling, int device, uintptr_t stream) {
         temporal_conv({conv_shape(sizes, transposed, dtype), clips(x), clips(residual), clips(out),
                        pointer<const void>(weight[0]), weight[1], weight[2], pointer<const void>(bias[0]), bias[1],
-                       pointer<void>(workspace), tiles},
+                       pointer<void>(workspace), tiling},
                       device, stream_of(stream));
+      },
+      no_gil);
+
+  module.def("temporal_conv_weight_workspace", [](const ConvSizes& sizes, int tiling, int device) {
+    return temporal_conv_weight_workspace(conv_shape(sizes, false, DType::kBFloat16), tiling, device);
+  });
+
+  module.def(
+      "temporal_conv_weight",
+      // dweight: address, stride of C_out, of K
+      [](const ConvSizes& sizes, DType dtype, const ClipsArguments& x, const ClipsArguments& grad,
+         const std::array<int64_t, 3>& dweight, uintptr_t workspace, int tiling, int device, uintptr_t stream) {
+        temporal_conv_weight({conv_shape(sizes, false, dtype), clips(x), clips(grad), pointer<void>(dweight[0]),
+                              dweight[1], dweight[2], pointer<void>(workspace), tiling},
+                             device, stream_of(stream));
       },
       no_gil);
 }

@@ -79,13 +79,7 @@ __device__ inline float log2_fast(float x) {
 template <typename Element>
 __device__ void scale_packed(uint32_t& pair, float scale) {
   float low, high;
-  if constexpr (std::is_same_v<Element, __half>) {
-    low = __half2float(__ushort_as_half(static_cast<unsigned short>(pair)));
-    high = __half2float(__ushort_as_half(static_cast<unsigned short>(pair >> 16)));
-  } else {
-    low = __uint_as_float(pair << 16);
-    high = __uint_as_float(pair & 0xffff0000);
-  }
+  unpack<Element>(pair, low, high);
   pair = pack<Element>(low * scale, high * scale);
 }
 

@@ -108,13 +108,10 @@ __global__ void __launch_bounds__(kMaxThreads, 2)
 
   float mean[kUnit], sums[kUnit] = {};
   wait_copies<0>();
-#pragma unroll 2
-  for (int i = 0; i < share.steps; i++) {
-    float numbers[kUnit];
-    unpack<Element>(numbers, x.kept(i));
+  each_kept<Element>(x, share.steps, [&](int, float (&numbers)[kUnit]) {
 #pragma unroll
     for (int k = 0; k < kUnit; k++) sums[k] += numbers[k];
-  }
+  });
   const float count = static_cast<float>(share.rows * width);
   sum_groups(sums, scratch, share, plan, [&](int group, float sum) {
     if (lane == 0) means[group] = sum / count;
@@ -124,16 +121,13 @@ __global__ void __launch_bounds__(kMaxThreads, 2)
     mean[k] = means[group];
     sums[k] = 0;
   });
-#pragma unroll 2
-  for (int i = 0; i < share.steps; i++) {
-    float numbers[kUnit];
-    unpack<Element>(numbers, x.kept(i));
+  each_kept<Element>(x, share.steps, [&](int, float (&numbers)[kUnit]) {
 #pragma unroll
     for (int k = 0; k < kUnit; k++) {
       const float off = numbers[k] - mean[k];
       sums[k] += off * off;
     }
-  }
+  });
   ptx::barrier_cluster_wait();
   sum_groups(sums, scratch, share, plan, [&](int group, float squares) {
     if (lane < plan.blocks)
@@ -159,17 +153,14 @@ __global__ void __launch_bounds__(kMaxThreads, 2)
   });
   const RowsView out{args.out, shape.rows * shape.channels, shape.channels};
   const Column target(out, share, plan, nullptr);
-#pragma unroll 2
-  for (int i = 0; i < share.steps; i++) {
-    float numbers[kUnit];
-    unpack<Element>(numbers, x.kept(i));
+  each_kept<Element>(x, share.steps, [&](int i, float (&numbers)[kUnit]) {
 #pragma unroll
     for (int k = 0; k < kUnit; k++) {
       const float z = (numbers[k] - mean[k]) * scale[k] + bias[k];
       numbers[k] = kSilu ? z * sigmoid(z) : z;
     }
     target.far(i) = pack<Element>(numbers);
-  }
+  });
 }
 
 }  // namespace

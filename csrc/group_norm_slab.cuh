@@ -208,6 +208,17 @@ __device__ inline void unpack(float (&d)[kUnit], const uint4& unit) {
   unpack<Element>(d[6], d[7], unit.w);
 }
 
+// Calls f(i, numbers) for each of a thread's units that are kept.
+template <typename Element, typename F>
+__device__ void each_kept(const Column& column, int steps, F&& f) {
+#pragma unroll 2
+  for (int i = 0; i < steps; i++) {
+    float numbers[kUnit];
+    unpack<Element>(numbers, column.kept(i));
+    f(i, numbers);
+  }
+}
+
 template <typename Element>
 __device__ inline uint4 pack(const float (&a)[kUnit]) {
   return {pack<Element>(a[0], a[1]), pack<Element>(a[2], a[3]), pack<Element>(a[4], a[5]), pack<Element>(a[6], a[7])};

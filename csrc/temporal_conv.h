@@ -2,8 +2,11 @@
 // o], frames outside being 0; or, transposed, the gradient in x: the same with weight[c, o, K - 1 - k], x being out's
 // gradient.
 //
+// The gradient in the weight: dweight[o, c, k] = Σ_{b, t, n} grad[b, t, n, o] · x[b, t + k - K/2, n, c].
+//
 // C and C_out multiples of 8; pointers and strides of tensors (B, T·N, C) and of the weight multiples of 16 bytes;
-// (T + K) · N < 2³⁰. Launches on `stream`; throws std::invalid_argument or std::runtime_error.
+// (T + K) · N and B · T · N < 2³⁰; rows, and o and k of the weight, lie apart. Launches on `stream`; throws
+// std::invalid_argument or std::runtime_error.
 #pragma once
 
 #include "common.h"
@@ -32,10 +35,21 @@ struct TemporalConv {
   const void* bias;  // a clip's C_out elements contiguous, at a multiple of 4 bytes; null: there is none
   int64_t bias_stride_b;
   void* workspace;  // temporal_conv_workspace(...) bytes
-  int tiles;        // which of the tilings; -1: chosen by shape
+  int tiling;       // its number; -1: the one that suits the shape
 };
 
-int64_t temporal_conv_workspace(const TemporalConvShape& shape, int tiles, int device);
+struct TemporalConvWeight {
+  TemporalConvShape shape;  // the forward's
+  ClipsView x, grad;
+  void* dweight;  // (C_out, C, K), C contiguous
+  int64_t stride_o, stride_k;
+  void* workspace;  // temporal_conv_weight_workspace(...) bytes
+  int tiling;
+};
+
+int64_t temporal_conv_workspace(const TemporalConvShape& shape, int tiling, int device);
 void temporal_conv(const TemporalConv& args, int device, cudaStream_t stream);
+int64_t temporal_conv_weight_workspace(const TemporalConvShape& shape, int tiling, int device);
+void temporal_conv_weight(const TemporalConvWeight& args, int device, cudaStream_t stream);
 
 }  // namespace univid

@@ -3,8 +3,9 @@
 import numpy as np
 import pytest
 from PIL import Image
+from safetensors import SafetensorError
 
-from univid.data.files import check_writable, read_image, read_video, write_frames
+from univid.data.files import beside, check_writable, read_image, read_video, write_frames
 
 
 @pytest.fixture
@@ -155,3 +156,18 @@ def test_a_picture_that_is_a_bomb(tmp_path, monkeypatch):
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)  # twice as many are an error
     with pytest.raises(ValueError, match=r"^image: .*large\.png is not a picture that can be read: Image size"):
         read_image(tmp_path / "large.png")
+
+
+@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), SafetensorError("No space left on device")])
+def test_a_full_disk_is_named_and_leaves_what_was_there(tmp_path, error):
+    def write(partial):
+        partial.write_bytes(b"half")
+        raise error
+
+    path = tmp_path / "clip.mp4"
+    path.write_bytes(b"whole")
+    with pytest.raises(OSError, match="No space left") as said:
+        beside(path, write)
+    assert str(path) in str(said.value)
+    assert path.read_bytes() == b"whole"
+    assert list(tmp_path.iterdir()) == [path]

@@ -74,6 +74,9 @@ CASES = [
     ConvCase(id="bias-of-each-clip-long", bias="each", T=16, N=180, C_out=320, C=64),
     ConvCase(id="tiles-cut", T=12, N=45, C=320, C_out=320, K=9, bias="each", compiled=(BF16, FP16)),  # by the CUDA kernel
     ConvCase(id="tiles-cut-odd", B=3, T=12, N=45, C=328, C_out=136, K=9),
+    ConvCase(id="many-pieces", T=16, N=180, C=160, C_out=64, needs=("weight",), compiled=(BF16, FP16)),  # of few tiles
+    ConvCase(id="weight-cut", T=16, N=180, C=264, C_out=320, needs=("weight",), compiled=(BF16, FP16)),
+    ConvCase(id="high-cut", T=12, N=180, C=640, C_out=640, K=7),
     ConvCase(id="short-clips", B=40, T=3, N=9, C=64, C_out=328, K=5, bias="each", needs=("x",)),  # a tile holds several
     ConvCase(id="no-residual", residual=False, **ONCE),
     ConvCase(id="alone", bias=None, residual=False),
@@ -100,14 +103,17 @@ def _around_itself(inputs: dict, options: dict, accumulate: torch.dtype | None) 
     return reference.temporal_conv(inputs["x"], inputs["weight"], inputs["bias"], inputs["x"], accumulate)
 
 
-@every_run(CONV, [case for case in CASES if case.id in ("remainders", "sliced", "expanded-clips", "needs-x")])
+AROUND_ITSELF = ("square", "remainders", "sliced", "expanded-clips", "grad-transposed", "needs-x")
+
+
+@every_run(CONV, [case for case in CASES if case.id in AROUND_ITSELF])
 def test_residual_that_is_x(case: ConvCase, run: Run):
     """Its gradient is part of x's, whose kernel adds it."""
     case = replace(case, **case.small) if run.place == "interpreter" else case
     inputs, _ = replace(case, C_out=case.C, residual=False).arguments()
     operator = CONV._replace(reference=_around_itself, arguments=lambda inputs: inputs | {"residual": inputs["x"]})
-    tester = Tester(operator, inputs, {}, dtype=run.dtype, device=run.device, needs=case.needs, name=case.id)
-    tester.check(run.backend)
+    options = {"dtype": run.dtype, "device": run.device, "needs": case.needs, "grad": case.grad, "name": case.id}
+    Tester(operator, inputs, {}, **options).check(run.backend)
 
 
 def test_residual_that_is_x_compiled(monkeypatch: pytest.MonkeyPatch):

@@ -3,7 +3,7 @@
 // A product is m64nNk16: 64 rows shared by the four warps of a warpgroup, 16 each. Accumulator d[4j + e] of a lane is
 // row lane / 4 + 8 · (e / 2) of its warp, column 8j + 2 · (lane % 4) + e % 2; two neighbouring j, rounded, are the
 // operand of a next product: four registers a lane, 64 x 16. Operands in shared memory are tiles of 128-byte rows (64
-// elements) in the 128-byte swizzle, aligned to 1024 bytes.
+// elements) in the 128-byte swizzle, or of 64-byte rows in the 64-byte swizzle, aligned to 1024 bytes.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -14,20 +14,22 @@
 
 namespace univid::hopper {
 
+// An address in shared memory as descriptors have it, without the rank that begins it in a cluster.
+__device__ inline uint32_t described(const void* tile) {
+  return (static_cast<uint32_t>(__cvta_generic_to_shared(tile)) & 0x3ffff) >> 4;
+}
+
 // A tile in shared memory as wgmma wants it described: address / 16, 1024 bytes from eight rows to the next eight,
 // 128-byte swizzle. Adding 2 steps 16 columns right, adding 128 steps 16 rows down.
 __device__ inline uint64_t tile_descriptor(const void* tile) {
-  const uint32_t address = static_cast<uint32_t>(__cvta_generic_to_shared(tile));
-  return uint64_t{address >> 4} | uint64_t{1} << 16 | uint64_t{1024 >> 4} << 32 | uint64_t{1} << 62;
+  return uint64_t{described(tile)} | uint64_t{1} << 16 | uint64_t{1024 >> 4} << 32 | uint64_t{1} << 62;
 }
 
 // A tile of 64-byte rows (32 elements) in the 64-byte swizzle, as operand b by rows: kRows rows of 32 columns, the next
-// 32 columns behind them. Adding 64 steps 16 rows down. In a cluster the address begins with the block's rank, which is
-// no part of it (and falls into bits that the other descriptor does not use).
+// 32 columns behind them. Adding 64 steps 16 rows down.
 template <int kRows>
 __device__ inline uint64_t half_tile_descriptor(const void* tile) {
-  const uint32_t address = static_cast<uint32_t>(__cvta_generic_to_shared(tile)) & 0x3ffff;
-  return uint64_t{address >> 4} | uint64_t{kRows * 64 >> 4} << 16 | uint64_t{512 >> 4} << 32 | uint64_t{2} << 62;
+  return uint64_t{described(tile)} | uint64_t{kRows * 64 >> 4} << 16 | uint64_t{512 >> 4} << 32 | uint64_t{2} << 62;
 }
 
 // Before the first product that reads registers written by ordinary instructions.
@@ -134,31 +136,37 @@ UNIVID_WGMMA_SHARED_32(multiply_by_columns, __half, "f16", "0")
 UNIVID_WGMMA_SHARED_44(multiply_by_columns, __nv_bfloat16, "bf16", "0")
 UNIVID_WGMMA_SHARED_44(multiply_by_columns, __half, "f16", "0")
 
-// d += a · b, both in shared memory, a by columns, b by rows or by columns (see above): 64 x 160.
+// d += a · b, both in shared memory, each by rows (see above) or by columns.
 #define UNIVID_D64 \
   UNIVID_D48       \
   ", %48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
 #define UNIVID_D80 \
   UNIVID_D64       \
   ", %64, %65, %66, %67, %68, %69, %70, %71, %72, %73, %74, %75, %76, %77, %78, %79"
-#define UNIVID_F64(d) UNIVID_F16(d, 0), UNIVID_F16(d, 16), UNIVID_F16(d, 32), UNIVID_F16(d, 48)
-#define UNIVID_F80(d) UNIVID_F64(d), UNIVID_F16(d, 64)
-#define UNIVID_WGMMA_WIDE(ELEMENT, TYPE, N, SIZE, A, B, BY_ROWS)                             \
-  template <bool kByRows>                                                                    \
+#define UNIVID_WGMMA_TILES(ELEMENT, TYPE, N, SIZE, A, B, A_BY_ROWS, B_BY_ROWS, ...)          \
+  template <bool kAByRows, bool kBByRows>                                                    \
   __device__ inline void multiply_tiles(ELEMENT, float (&d)[SIZE], uint64_t a, uint64_t b) { \
     asm volatile(                                                                            \
         "{ .reg .pred add; setp.ne.b32 add, 1, 0;\n"                                         \
         "wgmma.mma_async.sync.aligned.m64n" N "k16.f32." TYPE "." TYPE " {" UNIVID_D##SIZE   \
-        "}, " A ", " B ", add, 1, 1, 0, " BY_ROWS "; }"                                      \
-        : UNIVID_F##SIZE(d)                                                                  \
-        : "l"(a), "l"(b), "n"(int{kByRows}));                                                \
+        "}, " A ", " B ", add, 1, 1, " A_BY_ROWS ", " B_BY_ROWS "; }"                        \
+        : __VA_ARGS__                                                                        \
+        : "l"(a), "l"(b), "n"(int{kAByRows}), "n"(int{kBByRows}));                           \
   }
-UNIVID_WGMMA_WIDE(__nv_bfloat16, "bf16", "160", 80, "%80", "%81", "%82")
-UNIVID_WGMMA_WIDE(__half, "f16", "160", 80, "%80", "%81", "%82")
+#define UNIVID_WGMMA_TILES_64(ELEMENT, TYPE)                                                                    \
+  UNIVID_WGMMA_TILES(ELEMENT, TYPE, "128", 64, "%64", "%65", "%66", "%67", UNIVID_F16(d, 0), UNIVID_F16(d, 16), \
+                     UNIVID_F16(d, 32), UNIVID_F16(d, 48))
+#define UNIVID_WGMMA_TILES_80(ELEMENT, TYPE)                                                                    \
+  UNIVID_WGMMA_TILES(ELEMENT, TYPE, "160", 80, "%80", "%81", "%82", "%83", UNIVID_F16(d, 0), UNIVID_F16(d, 16), \
+                     UNIVID_F16(d, 32), UNIVID_F16(d, 48), UNIVID_F16(d, 64))
+UNIVID_WGMMA_TILES_64(__nv_bfloat16, "bf16")
+UNIVID_WGMMA_TILES_64(__half, "f16")
+UNIVID_WGMMA_TILES_80(__nv_bfloat16, "bf16")
+UNIVID_WGMMA_TILES_80(__half, "f16")
 
-#undef UNIVID_WGMMA_WIDE
-#undef UNIVID_F80
-#undef UNIVID_F64
+#undef UNIVID_WGMMA_TILES_80
+#undef UNIVID_WGMMA_TILES_64
+#undef UNIVID_WGMMA_TILES
 #undef UNIVID_D80
 #undef UNIVID_D64
 #undef UNIVID_WGMMA_SHARED_44

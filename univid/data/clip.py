@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from univid.data.batch import to_device
 from univid.data.tensors import UNREAD, check_keys, read_json, read_safetensors
 
 CONFIG = "open_clip_config.json"
@@ -59,7 +60,7 @@ class Clip(nn.Module):
         """``(B, 77, width)``; a prompt too long for the context is cut, with a warning that shows what was lost."""
         for prompt in prompts:
             self._warn_if_cut(prompt)
-        tokens = self.tokenizer(prompts).to(self.device)
+        tokens = to_device(self.tokenizer(prompts), self.device)
         tower = getattr(
             self.model, "text", self.model
         )  # CLIP holds its text tower's parts itself, CustomTextCLIP a tower
@@ -76,7 +77,7 @@ class Clip(nn.Module):
         size = visual.image_size if isinstance(visual.image_size, tuple) else (visual.image_size,) * 2
         pixels = F.interpolate(images.float(), size, mode="bicubic", antialias=True).clamp(0, 1)
         mean, std = (
-            torch.tensor(x, device=pixels.device)[:, None, None] for x in (visual.image_mean, visual.image_std)
+            to_device(torch.tensor(x), pixels.device)[:, None, None] for x in (visual.image_mean, visual.image_std)
         )
         result = visual.forward_intermediates(
             ((pixels - mean) / std).to(self.device, self.dtype),

@@ -15,6 +15,7 @@ import numpy as np
 from av.video.reformatter import ColorPrimaries, ColorRange, Colorspace, ColorTrc
 from numpy.typing import NDArray
 from PIL import Image, ImageOps, UnidentifiedImageError
+from safetensors import SafetensorError
 
 Frames = NDArray[np.uint8]  # (T, H, W, 3), RGB
 
@@ -164,10 +165,21 @@ def _write_folder(frames: Frames, path: Path, fps: float) -> None:
 
 
 def beside(path: Path, write: Callable[[Path], object]) -> None:
-    """``write(partial)``, then its file or folder takes the place of ``path``; if it fails, what was there still is."""
+    """``write(partial)``, then its file or folder takes the place of ``path``; if it fails, what was there still is.
+
+    Raises:
+        OSError: it could not be written, as on a full disk; names ``path``.
+    """
     room = _room(path)
     try:
-        write(room / path.name)
+        try:
+            write(room / path.name)
+        except SafetensorError as error:
+            raise OSError(f"path: {path} could not be written: {error}") from error
+        except OSError as error:
+            if error.errno and not error.filename:  # what the system says of a write, without a name
+                error.filename = str(path)
+            raise
         if not path.is_dir():
             (room / path.name).replace(path)
             return

@@ -52,6 +52,41 @@ class Config:
         return f"{tiles} num_warps={self.num_warps} num_stages={self.num_stages}"
 
 
+class Launcher:
+    """Launches a ``triton.jit`` kernel: what Triton compiled for arguments like these without asking it again, which takes
+    longer than many kernels run."""
+
+    def __init__(self, kernel):
+        self.kernel = kernel
+        self._known: dict[tuple, _Launch] = {}  # by device, constants and specialization
+
+    def __call__(
+        self,
+        device: torch.device,
+        grid: tuple[int, ...],
+        args: tuple,
+        constants: dict,
+        num_warps: int = 4,
+        num_stages: int = 3,
+    ) -> None:
+        """On ``device``, which must be the current one."""
+        index = (device.index, num_warps, num_stages, *constants.items(), *map(_specialization, args))
+        known = self._known.get(index)
+        if known is not None:
+            known.compiled[(*grid, 1, 1)[:3]](*args, *known.constants)
+            return
+        options = {"num_warps": num_warps, "num_stages": num_stages}
+        compiled = self.kernel[grid](*args, **constants, **options)
+        if not isinstance(compiled, CompiledKernel):  # none in the interpreter
+            return
+        if len(self._known) >= 4096:  # of sizes that never come back
+            self._known.clear()
+        values = constants | options
+        self._known[index] = _Launch(
+            compiled, tuple(values.get(p.name, p.default) for p in self.kernel.params[len(args) :])
+        )
+
+
 class Tuned:
     """A ``triton.jit`` kernel with the configurations that may run it.
 
@@ -64,36 +99,19 @@ class Tuned:
         self.configs = configs
         self._defaults: dict[tuple, Config] = {}  # (device, *key) -> the first configuration
         self._chosen: dict[tuple, Config] = {}  # (device, *key) -> the winner
-        self._launches: dict[tuple, _Launch] = {}  # (device, configuration, specialization) -> what runs
+        self._launch = Launcher(kernel)
         self._lock = threading.Lock()
 
     def __call__(self, grid: Callable[[dict], tuple], *args, key: dict, **constants) -> None:
         device = next(a.device for a in args if isinstance(a, Tensor))
         with _on(device):
             config = self._choose(device, key, lambda config: self._run(config, grid, args, constants))
-            index = (device.index, config.name, *constants.items(), *map(_specialization, args))
-            launch = self._launches.get(index)
-            if launch is None:
-                compiled = self._run(config, grid, args, constants)
-                self._remember(index, compiled, config, constants, len(args))
-            else:
-                launch.compiled[(*grid(launch.meta), 1, 1)[:3]](*args, *launch.constants)
+            meta = constants | config.constants
+            self._launch(device, grid(meta), args, meta, config.num_warps, config.num_stages)
 
     def _run(self, config: Config, grid: Callable[[dict], tuple], args: tuple, constants: dict) -> Any:
-        meta = {**constants, **config.constants}
+        meta = constants | config.constants
         return self.kernel[grid(meta)](*args, **meta, num_warps=config.num_warps, num_stages=config.num_stages)
-
-    def _remember(self, index: tuple, compiled: Any, config: Config, constants: dict, given: int) -> None:
-        """What Triton compiled for the arguments like these is launched without asking it again, which takes longer than
-        many kernels run."""
-        if not isinstance(compiled, CompiledKernel):  # none in the interpreter
-            return
-        if len(self._launches) >= 4096:  # of sizes that never come back
-            self._launches.clear()
-        meta = {**constants, **config.constants}
-        values = {**meta, "num_warps": config.num_warps, "num_stages": config.num_stages}
-        rest = tuple(values.get(p.name, p.default) for p in self.kernel.params[given:])
-        self._launches[index] = _Launch(compiled, meta, rest)
 
     def _choose(self, device: torch.device, key: dict, run: Callable[[Config], None]) -> Config:
         index = (device, *key.items())
@@ -199,10 +217,9 @@ def next_power_of_2(n: int) -> int:
 
 
 class _Launch(NamedTuple):
-    """A compiled kernel, what its grid follows from, and the constants behind its arguments."""
+    """A compiled kernel, and the constants behind its arguments."""
 
     compiled: CompiledKernel
-    meta: dict[str, Any]
     constants: tuple
 
 

@@ -27,7 +27,7 @@ from torch import Tensor
 from univid.kernels.calls import TemporalConvCall
 from univid.kernels.triton import launch
 from univid.kernels.triton.column_sums import sum_columns
-from univid.kernels.triton.launch import Config, Tuned, cdiv
+from univid.kernels.triton.launch import Config, Launcher, Tuned, cdiv
 from univid.kernels.triton.rows import align_of, rows_at, strides_of
 
 _GROUP = tl.constexpr(8)  # tiles of rows that meet one tile of columns after another, sharing it in L2
@@ -347,17 +347,16 @@ def _launch_convolve(
     bias_strides = (None, 0) if bias is None else (None, *bias.stride())[-2:]
     epilogue = (bias_strides, strides_of(residual), strides_of(out))
     tile |= {"C_OUT": product.columns, "ALIGN": align_of(x, residual, out, weight.transpose(1, 2))}
-    _convolve[(cut.whole + cut.cut * cut.pieces,)](
-        *(x, weight, bias, residual, out, partials),
-        *(strides_of(x), weight.stride(0), weight.stride(2), *epilogue, *sizes),
-        **tile | {"TAPS": weight.shape[2], "C_IN": channels, "TRANSPOSED": transposed, "BLOCK_K": BLOCK_K},
-        num_warps=num_warps,
-        num_stages=num_stages,
-    )
+    layout = (strides_of(x), weight.stride(0), weight.stride(2), *epilogue, *sizes)
+    constants = tile | {"TAPS": weight.shape[2], "C_IN": channels, "TRANSPOSED": transposed, "BLOCK_K": BLOCK_K}
+    programs = cut.whole + cut.cut * cut.pieces
+    tensors = (x, weight, bias, residual, out, partials)
+    _CONVOLVE_TILES(x.device, (programs,), (*tensors, *layout), constants, num_warps, num_stages)
     if partials is not None:
-        _finish_convolve[(sums,)](partials, bias, residual, out, *epilogue, *sizes, **tile)
+        _FINISH_CONVOLVE(x.device, (sums,), (partials, bias, residual, out, *epilogue, *sizes), tile)
 
 
+_CONVOLVE_TILES, _FINISH_CONVOLVE = Launcher(_convolve), Launcher(_finish_convolve)
 _CONVOLVE = Tuned(Launches(_convolve, _launch_convolve), tile_configs)
 
 

@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from univid.kernels.triton.launch import Tuned
+from univid.kernels.triton.launch import Launcher, Tuned
 from univid.kernels.triton.rows import align_of, strides_of
 from univid.kernels.triton.temporal_conv import (
     STRIP,
@@ -143,15 +143,14 @@ def _launch_contract(
     cut, partials, sums = cut_launch(product, x, tile | {"BLOCK_K": BLOCK_K})
     flat = all(tensor.stride(1) == tokens * tensor.stride(2) for tensor in (grad, x))
     tile |= {"C_IN": channels, "C_OUT": product.rows}
-    _contract[(cut.whole + cut.cut * cut.pieces,)](
-        *(grad, x, dweight, partials, strides_of(grad), strides_of(x), dweight.stride()),
-        *(clips, frames, tokens, cut.whole, cut.pieces),
-        **tile | {"TAPS": product.layers, "FLAT": flat, "ALIGN": align_of(grad, x), "BLOCK_K": BLOCK_K},
-        num_warps=num_warps,
-        num_stages=num_stages,
-    )
+    sizes = (clips, frames, tokens, cut.whole, cut.pieces)
+    args = (grad, x, dweight, partials, strides_of(grad), strides_of(x), dweight.stride(), *sizes)
+    constants = tile | {"TAPS": product.layers, "FLAT": flat, "ALIGN": align_of(grad, x), "BLOCK_K": BLOCK_K}
+    _CONTRACT_TILES(x.device, (cut.whole + cut.cut * cut.pieces,), args, constants, num_warps, num_stages)
     if partials is not None:
-        _finish_contract[(sums,)](partials, dweight, dweight.stride(), cut.whole, cut.pieces, **tile)
+        pieces = (partials, dweight, dweight.stride(), cut.whole, cut.pieces)
+        _FINISH_CONTRACT(x.device, (sums,), pieces, tile)
 
 
+_CONTRACT_TILES, _FINISH_CONTRACT = Launcher(_contract), Launcher(_finish_contract)
 _CONTRACT = Tuned(Launches(_contract, _launch_contract), tile_configs)
