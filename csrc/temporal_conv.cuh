@@ -26,6 +26,7 @@
 //
 // Measured (H200, B = 2, a product of 794 TFLOP/s): 646 / 739 / 778 / 639 TFLOP/s at f1, f2, f4, f8, of which a cuBLAS
 // product of the same size has 674 / 733 / 749 / 769; with bias and residual 546 / 690 / 721 / 625.
+// The weight's gradient: 487 / 703 / 752 / 619, the product 685 / 742 / 758 / 777.
 #pragma once
 
 #include "hopper/tma.cuh"
