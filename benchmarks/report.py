@@ -51,6 +51,7 @@ Written by `python -m benchmarks.report` from the files in `benchmarks/results/`
 - TFLOP/s and GB/s count useful work: K taps, keys that are read, each input and output once. The limit is the larger of the
   time of the arithmetic at the rate of an 8192³ bfloat16 product and that of the bytes at the rate of a copy, both of the
   same run.
+- *Ours*, where one row stands for all, is the backend that runs where none is asked for.
 - A dash: it cannot run this, or ran out of memory; the result file says why. **Bold**: the fastest. Shapes are in
   `benchmarks/levels.py`.
 
@@ -136,10 +137,25 @@ def timed(result: Result) -> dict[Cell, dict[str, dict]]:
     return cells
 
 
-def best(rows: dict[str, dict], mine: bool) -> dict | None:
-    """The fastest row of ours or of the peers."""
-    rows = {name: row for name, row in rows.items() if (row["implementation"] in OURS) == mine and name not in LIMITS}
-    return min(rows.values(), key=lambda row: row["ms"], default=None)
+def compared(result: Result) -> dict[Cell, tuple[dict | None, dict | None]]:
+    """Of every cell the row of ours that runs where no backend is asked for, and that of the fastest peer."""
+    module = MODULES[result.operator]
+    chosen = choices([result]).get(result.environment.get("architecture"), {}).get(module, {})
+    pairs = {}
+    for cell, rows in timed(result).items():
+        winner = chosen.get(DIRECTIONS[cell.direction], {}).get(_shape_class(module, cell))
+        mine = next((rows[name] for name in (winner, *OURS) if name in rows), None)
+        peers = (row for name, row in rows.items() if row["implementation"] not in OURS and name not in LIMITS)
+        pairs[cell] = mine, min(peers, key=lambda row: row["ms"], default=None)
+    return pairs
+
+
+def _shape_class(module: str, cell: Cell) -> str | None:
+    """What a cell's choice of a backend is filed by; None of the sizes that only show how time grows."""
+    if cell.level not in LEVELS:
+        return None
+    sizes = LEVELS[cell.level]._asdict() | {"epilogue": cell.variant != "none"}
+    return measured.shape_class(module, **{name: sizes[name] for name in measured.SIZES[module]})
 
 
 def share(row: dict, environment: dict) -> float:
@@ -160,9 +176,7 @@ def choices(results: list[Result]) -> dict:
         module = MODULES[result.operator]
         groups: dict[tuple[str, str], list[dict]] = defaultdict(list)
         for cell, rows in timed(result).items():
-            if architecture and cell.level in LEVELS:
-                sizes = LEVELS[cell.level]._asdict() | {"epilogue": cell.variant != "none"}
-                kind = measured.shape_class(module, **{name: sizes[name] for name in measured.SIZES[module]})
+            if architecture and (kind := _shape_class(module, cell)):
                 groups[DIRECTIONS[cell.direction], kind].append(rows)
         for (direction, kind), group in groups.items():
             if winner := _winner(module, direction, group):
@@ -217,10 +231,10 @@ def _draw_ratios(results: list[Result]):
 
     names, ratios, shares = [], [], []
     for result in results:
-        cells = timed(result)
+        cells = compared(result)
         for direction, title in DIRECTIONS.items():
-            here = [cells.get(Cell(level, direction, 2, ORDINARY.get(result.operator, "")), {}) for level in LEVELS]
-            pairs = [(best(rows, True), best(rows, False)) for rows in here]
+            variant = ORDINARY.get(result.operator, "")
+            pairs = [cells.get(Cell(level, direction, 2, variant), (None, None)) for level in LEVELS]
             names.append(f"{result.operator} {title}")
             ratios.append([peer["ms"] / mine["ms"] if mine and peer else float("nan") for mine, peer in pairs])
             shares.append([share(mine, result.environment) if mine else float("nan") for mine, _ in pairs])
@@ -284,7 +298,7 @@ def _page(results: list[Result], plots: dict[str, Path]) -> list[str]:
     for name, path in plots.items():
         gpu, kind = name.split()
         about = {
-            "ratios": "Our fastest backend at B = 2, with per-frame tables, over the best peer (green: ours is faster) and "
+            "ratios": "What runs by default at B = 2, with per-frame tables, over the best peer (green: ours is faster) and "
             "over the limit:",
             "growth": "How `pyramid_st_attn` grows from T = 16, N = 1024, R = 4 (B = 1, H = 8; memory beside "
             "the inputs):",
@@ -307,29 +321,28 @@ def _page(results: list[Result], plots: dict[str, Path]) -> list[str]:
                 "**The operator, or the way it or its peers are timed, has changed since: to be measured again.**",
                 "",
             ]
-        cells = timed(result)
+        cells, pairs = timed(result), compared(result)
         groups = dict.fromkeys((cell.batch, cell.variant, cell.direction) for cell in cells)
         for batch, variant, direction in sorted(groups, key=lambda g: (-g[0], g[1], g[2] != "fwd")):
             title = f"B = {batch}, {variant + ', ' if variant else ''}{DIRECTIONS[direction]}"
-            here = {cell.level: rows for cell, rows in cells.items() if cell[1:] == (direction, batch, variant)}
-            lines += [*_table(title, here, result), ""]
+            here = {cell: rows for cell, rows in cells.items() if cell[1:] == (direction, batch, variant)}
+            lines += [*_table(title, here, [pairs[cell] for cell in here], result), ""]
     return [line.rstrip("\n") for line in lines[:-1]]
 
 
-def _table(title: str, levels: dict[str, dict[str, dict]], result: Result) -> list[str]:
+def _table(
+    title: str, cells: dict[Cell, dict[str, dict]], pairs: list[tuple[dict | None, dict | None]], result: Result
+) -> list[str]:
     """One implementation a row, the fastest of each column in bold, and below them ours over the best peer and over the
     limit."""
     key, _, form = UNITS[result.operator]
-    lines = [f"| {title} | {' | '.join(levels)} |", "|---" * (len(levels) + 1) + "|"]
-    names = dict.fromkeys(name for rows in levels.values() for name in rows)
-    fastest = [
-        min((row["ms"], name) for name, row in rows.items() if name not in LIMITS)[1] for rows in levels.values()
-    ]
+    lines = [f"| {title} | {' | '.join(cell.level for cell in cells)} |", "|---" * (len(cells) + 1) + "|"]
+    names = dict.fromkeys(name for rows in cells.values() for name in rows)
+    fastest = [min((row["ms"], name) for name, row in rows.items() if name not in LIMITS)[1] for rows in cells.values()]
     for name in names:
-        texts = (form.format(rows[name][key]) if name in rows else "–" for rows in levels.values())
+        texts = (form.format(rows[name][key]) if name in rows else "–" for rows in cells.values())
         bold = (f"**{text}**" if name == first else text for text, first in zip(texts, fastest, strict=True))
         lines.append(f"| {name} | {' | '.join(bold)} |")
-    pairs = [(best(rows, True), best(rows, False)) for rows in levels.values()]
     ratios = (f"{peer['ms'] / mine['ms']:.2f}" if mine and peer else "–" for mine, peer in pairs)
     shares = (f"{share(mine, result.environment):.2f}" if mine else "–" for mine, _ in pairs)
     lines.append(f"| *ours: times as fast as the best peer* | {' | '.join(ratios)} |")
@@ -338,13 +351,12 @@ def _table(title: str, levels: dict[str, dict[str, dict]], result: Result) -> li
 
 
 def _losses(results: list[Result]) -> list[str]:
-    """Every row where a peer is faster than all of our backends."""
+    """Every row where a peer is faster than what runs by default."""
     lines = ["## Where a peer is faster", ""]
     head = ["| operator | | shape | B | variant | ours, ms | best peer, ms | ours is slower by |", "|---" * 8 + "|"]
     rows = []
     for result in results:
-        for cell, here in timed(result).items():
-            mine, peer = best(here, True), best(here, False)
+        for cell, (mine, peer) in compared(result).items():
             if mine and peer and peer["ms"] < mine["ms"]:
                 ours, theirs = (f"{row['implementation']} {row['ms']:.3f}" for row in (mine, peer))
                 slower = f"{100 * (mine['ms'] / peer['ms'] - 1):.0f}%"
@@ -354,16 +366,16 @@ def _losses(results: list[Result]) -> list[str]:
 
 
 def _summary(results: list[Result]) -> list[str]:
-    """README's table: at each level of the U-Net, our fastest backend and the fastest of the peers."""
+    """README's table: at each level of the U-Net, the backend that runs by default and the fastest of the peers."""
     lines = [f"| ours / best peer | {' | '.join(UNET)} |", "|---" * 5 + "|"]
     for result in results:
         if result.path.stem not in UNITS:
             continue
         key, unit, form = UNITS[result.operator]
-        cells = timed(result)
+        cells = compared(result)
         for direction, title in DIRECTIONS.items():
-            here = (cells.get(Cell(level, direction, 2, ORDINARY.get(result.operator, "")), {}) for level in UNET)
-            pairs = ((best(rows, True), best(rows, False)) for rows in here)
+            variant = ORDINARY.get(result.operator, "")
+            pairs = (cells.get(Cell(level, direction, 2, variant), (None, None)) for level in UNET)
             texts = (" / ".join(form.format(row[key]) if row else "–" for row in pair) for pair in pairs)
             lines.append(f"| `{result.operator}` {title}, {unit} | {' | '.join(texts)} |")
     first = results[0].environment

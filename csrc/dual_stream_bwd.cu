@@ -16,9 +16,9 @@
 // Registers of a lane: 64 of dK and dV, 64 of S and dP, 16 of P, dS, K and V each, of 232. Shared memory: K and V,
 // 32 KB; 6 stages of Q, dO and statistics, 105 KB.
 //
-// Measured 2026-11-24 on one H200 (B = 2, T = 24, D = 64, bfloat16, 77 + 257 keys, replays of a graph; 8192³ product
-// 801 TFLOP/s), ms at N/H = 2880/5, 720/10, 180/20, 45/20: 0.440, 0.238, 0.136, 0.053; of that dQ 0.203, 0.110, 0.064,
-// 0.022.
+// Measured 2026-11-29 on one H200 (B = 2, T = 24, D = 64, bfloat16, 77 + 257 keys, replays of a graph; 8192³ product
+// 694 TFLOP/s), ms at N/H = 2880/5, 720/10, 180/20, 45/20: 0.440, 0.229, 0.128, 0.047; of that dQ, 2026-11-24, 0.203,
+// 0.110, 0.064, 0.022.
 #include <algorithm>
 #include <cmath>
 

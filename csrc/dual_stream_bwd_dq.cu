@@ -13,7 +13,7 @@
 // * else a pass of its own, over scores and dP alone, makes it.
 //
 // Registers of a lane: 44 of S and dP each, 24 of dS twice, 32 of dQ. Shared memory: Q, dO and O twice, 96 KB; 22 KB a
-// tile of keys and values: at most 4 tiles.
+// tile of keys and values: at most 4 tiles. Measured: dual_stream_bwd.cu.
 #include <algorithm>
 #include <cmath>
 #include <type_traits>

@@ -5,8 +5,7 @@
 // block: it copies them to shared memory and is the only one to read them there, so that nothing but its own copies is
 // waited for, its channels' parameters stay in registers, and whatever the runs, no two threads meet in a bank.
 //
-// Memory is kept busy by the blocks of other slabs on the same multiprocessor (SM): plan_slabs() looks for three or
-// more.
+// Memory is kept busy by the blocks of other slabs on the same multiprocessor (SM): plan_slabs() weighs how many fit.
 #pragma once
 
 #include <cooperative_groups.h>

@@ -5,9 +5,10 @@
 //
 // A block computes 256 x 160 of out (up to 4 blocks of 64 rows): one thread feeds, two warpgroups multiply, each every
 // second block of rows; or 192 x 160 by three warpgroups, where few products come before each store or rows are few; or
-// 256 x 128, where 160 columns leave more of them empty. Two blocks are a cluster of neighbouring columns: each loads
-// its own weight and half of the rows (every second block), which are sent to both, 36 KB a block and step of 5.2 MFLOP
-// from L2. Steps are of 64 channels of one tap. Which worker (cluster) computes what: temporal_conv_plan.h.
+// 256 x 128, where 160 columns leave more of them empty. Two blocks are a cluster of neighbouring columns, where there
+// is a neighbour: each loads its own weight and half of the rows (every second block), which are sent to both, 36 KB a
+// block and step of 5.2 MFLOP from L2. Steps are of 64 channels of one tap. Which worker (cluster) computes what:
+// temporal_conv_plan.h.
 //
 // The gradient in x is the same product with taps flipped; its weight tile lies with the elements of the sum as rows,
 // in boxes of 32 columns, which wgmma reads transposed.
@@ -17,14 +18,14 @@
 // into parts of rows.
 //
 // Results: a warp takes 16 x 32 at a time, adds bias and residual in float32, and sends it through 1 KB of shared
-// memory of its own. The residual is read in units of 16 bytes, which quads of lanes exchange for what the accumulators
+// memory, of which it has two. The residual is read in units of 16 bytes, which quads of lanes exchange for what the accumulators
 // hold.
 //
 // At 256 x 160: registers of a lane: 160 accumulators of 232; the feeding warpgroup has 40. Shared memory: 52 KB a
 // stage, 4 stages, 16 KB of results: 225 KB of 227. A step's products take 1280 cycles, its shared memory 1312: 56 KB
 // read by each warpgroup and 52 KB written.
 //
-// Measured (H200, B = 2, a product of 794 TFLOP/s): 646 / 739 / 778 / 639 TFLOP/s at f1, f2, f4, f8, of which a cuBLAS
+// Measured 2026-11-29 (H200, B = 2, a product of 794 TFLOP/s): 646 / 739 / 778 / 639 TFLOP/s at f1, f2, f4, f8, of which a cuBLAS
 // product of the same size has 674 / 733 / 749 / 769; with bias and residual 546 / 690 / 721 / 625.
 // The weight's gradient: 487 / 703 / 752 / 619, the product 685 / 742 / 758 / 777.
 #pragma once

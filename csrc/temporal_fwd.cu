@@ -4,6 +4,9 @@
 // T²/64 a lane); P · v is made 16 columns at a time over q's tile and leaves from there in rows of 16 bytes a lane. The
 // kernel is bound by memory, and what hides its latency is warps at different stages: with T = 24 and D = 64 a warp has
 // 10 KB of shared memory, so an SM holds 20, and registers (T ≤ 32: 64) would allow more.
+//
+// Measured 2026-11-29 on one H200 (B = 2, T = 24, D = 64, bfloat16, replays of a graph; a copy 4202 GB/s), GB/s of four
+// tensors at N/H = 2880/5, 720/10, 180/20, 45/20: 3693, 3459, 3145, 2356.
 #include "temporal_tile.cuh"
 
 namespace univid {

@@ -46,9 +46,13 @@ def report() -> str:
 
 
 def test_every_kernel_is_compiled_for_each_architecture(report):
-    for kernel in ("forward", "backward"):
-        for architecture in ("sm_80", "sm_90a"):
-            assert re.search(rf"Compiling entry function '\w*temporal\w*{kernel}\w*' for '{architecture}'", report)
+    compiled = re.findall(r"Compiling entry function '\w*?_([a-z_]+)_cu_\w*' for '(\w+)'", report)
+    files = [
+        path for path in (ROOT / "csrc").glob("*.cu") if path.stem != "temporal_conv"
+    ]  # whose kernel is a header's
+    assert len(files) > 5 and all("__global__" in path.read_text() for path in files)
+    expected = {(path.stem, "sm_90a") for path in files} | {("temporal_conv", "sm_90a")}
+    assert set(compiled) == expected | {("temporal_fwd", "sm_80"), ("temporal_bwd", "sm_80")}
 
 
 def test_no_kernel_spills_or_has_a_stack_frame(report):
@@ -74,15 +78,20 @@ def test_machine_code_uses_tensor_cores_and_no_local_memory(report):
     code = subprocess.run(
         [triton.knobs.nvidia.cuobjdump.path, "-sass", library], capture_output=True, text=True, check=True
     ).stdout
-    functions = {text.split()[0]: text for text in code.split("Function : ")[1:]}
-    for file, product in (
-        ("temporal_fwd", r"HMMA\.16816\.F32"),
-        ("temporal_bwd", r"HMMA\.16816\.F32"),
-        ("temporal_conv", r"HGMMA\.64x(160|128)x16"),
+    functions = [(text.split()[0], text) for text in code.split("Function : ")[1:]]  # of each architecture
+    for kernel, product in (
+        (r"temporal_[fb]wd_cu", r"HMMA\.16816\.F32"),
+        (r"temporal_conv_cu\w*convolve", r"HGMMA\.64x(160|128)x16"),
+        (r"pyramid_fwd_cu\w*forward", r"HGMMA\.64x(96|64)x16"),
+        (r"pyramid_bwd_cu\w*backward", r"HGMMA\.64x64x16"),
+        (r"pyramid_bwd_dq_cu\w*backward_dq", r"HGMMA\.64x64x16"),
+        (r"dual_stream_fwd_cu\w*forward", r"HGMMA\.64x(88|64)x16"),
+        (r"dual_stream_bwd_cu\w*backward_keys", r"HGMMA\.64x64x16"),
+        (r"dual_stream_bwd_dq_cu\w*backward", r"HGMMA\.64x(88|64)x16"),
     ):
-        of_file = [text for name, text in functions.items() if file in name]
-        assert of_file and all(re.search(product, text) for text in of_file), file
-    assert not [name for name, text in functions.items() if re.search(r"\b(LDL|STL)\b", text)]
+        of_kernel = [text for name, text in functions if re.search(kernel, name)]
+        assert of_kernel and all(re.search(product, text) for text in of_kernel), kernel
+    assert not [name for name, text in functions if re.search(r"\b(LDL|STL)\b", text)]
 
 
 # --- what a build requires --------------------------------------------------------------------------------------------

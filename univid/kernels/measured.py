@@ -32,14 +32,17 @@ SIZES = {
 
 
 def shape_class(operator: str, **sizes: int | bool) -> str:
-    """The class of a call's shapes: tokens, frames and channels up to a power of two, from half of it on; taps as they
-    are; whether there is an epilogue (bias or residual)."""
+    """The class of a call's shapes: tokens and frames up to a power of two, from half of it on; channels up to that or
+    three quarters of it; taps as they are; whether there is an epilogue (bias or residual)."""
 
     def term(name: str) -> str:
         size = sizes[name]
         if name == "epilogue":
             return "epilogue" if size else "no epilogue"
-        return f"taps = {size}" if name == "taps" else f"{name} <= {1 << (size - 1).bit_length()}"
+        if name == "taps":
+            return f"taps = {size}"
+        limit = 1 << (size - 1).bit_length()
+        return f"{name} <= {3 * limit // 4 if name == 'channels' and 4 * size <= 3 * limit else limit}"
 
     return ", ".join(map(term, SIZES[operator]))
 
