@@ -92,6 +92,39 @@ def test_image_with_transparency_and_orientation(tmp_path):
     assert read_image(tmp_path / "turned.jpg").shape == (6, 4, 3)
 
 
+@pytest.mark.parametrize(("name", "dtype"), [("grey.png", np.uint16), ("grey.tif", np.uint16), ("grey.tif", np.int32)])
+def test_16_bits(tmp_path, name, dtype):
+    grey = np.arange(256, dtype=dtype).reshape(16, 16) * 257
+    exif = Image.Exif()
+    exif[0x0112] = 3  # turned by a half
+    Image.fromarray(grey).save(tmp_path / name, exif=exif)
+    assert np.array_equal(read_image(tmp_path / name), np.stack([grey[::-1, ::-1] // 257] * 3, -1))
+
+
+@pytest.mark.parametrize(
+    ("grey", "error"),
+    [
+        (np.ones((4, 4), np.float32), "floating-point numbers, of which nothing says what is white"),
+        (np.full((4, 4), 65536, np.int32), "numbers from 65536 to 65536, more than 16 bits"),
+    ],
+)
+def test_pictures_without_a_white(tmp_path, grey, error):
+    Image.fromarray(grey).save(tmp_path / "grey.tif")
+    with pytest.raises(ValueError, match=rf"^image: .*grey\.tif is not a picture that can be read: {error}$"):
+        read_image(tmp_path / "grey.tif")
+
+
+@pytest.mark.parametrize(("name", "place", "value"), [("red.png", 36, 1), ("red.png", 11, 0), ("red.tif", 72, 2)])
+def test_a_damaged_picture(tmp_path, name, place, value):
+    """Of which Pillow raises SyntaxError, ValueError and TypeError."""
+    Image.new("RGB", (8, 8), "red").save(tmp_path / name)
+    content = bytearray((tmp_path / name).read_bytes())
+    content[place] = value
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(ValueError, match=rf"^image: .*{name} is not a picture that can be read: .+$"):
+        read_image(tmp_path / name)
+
+
 @pytest.mark.parametrize(
     ("name", "num_frames", "error"),
     [

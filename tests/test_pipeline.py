@@ -180,6 +180,19 @@ def test_schedulers(pipe, monkeypatch, scheduler, spacing):
     assert np.array_equal(got, pipe.vae.decode(x).numpy())
 
 
+def test_a_picture_from_a_file_or_from_pillow(pipe, tmp_path):
+    """Turned, and over white where it is transparent, either way."""
+    exif = Image.Exif()
+    exif[0x0112] = 6  # turned by a quarter
+    half = np.full((20, 30, 4), (255, 0, 0, 255), np.uint8)
+    half[:10, ..., 3] = 0
+    Image.fromarray(half).save(tmp_path / "half.png", exif=exif)
+    white = np.rot90(np.where(half[..., 3:] > 0, RED, 255).astype(np.uint8), -1)
+    expected = frames(pipe, image=white)
+    for image in (tmp_path / "half.png", Image.open(tmp_path / "half.png")):
+        assert np.array_equal(frames(pipe, image=image), expected)
+
+
 def test_a_picture(pipe, tmp_path):
     picture = pipe("a cat", num_frames=1, progress=False)
     assert picture.frames.shape == (1, 1, 16, 32, 3)

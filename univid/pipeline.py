@@ -431,10 +431,8 @@ def _predict(unet: UNet, x: Tensor, t: Tensor, batches: Sequence[Given]) -> list
 
 def _picture(image: Picture) -> Tensor:
     """``(3, H, W)`` float32 in [0, 1]."""
-    if isinstance(image, (str, Path)):
+    if isinstance(image, (str, Path, Image.Image)):
         image = read_image(image)
-    elif isinstance(image, Image.Image):
-        image = np.asarray(image.convert("RGB"))
     if isinstance(image, np.ndarray) and image.dtype == np.uint8 and image.ndim == 3 and image.shape[2] == 3:
         return rearrange(torch.from_numpy(image.copy()), "h w c -> c h w") / 255
     if isinstance(image, Tensor) and image.is_floating_point() and image.ndim == 3 and image.shape[0] == 3:

@@ -6,6 +6,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Callable
+from contextlib import nullcontext
 from fractions import Fraction
 from pathlib import Path
 from typing import BinaryIO
@@ -14,7 +15,7 @@ import av
 import numpy as np
 from av.video.reformatter import ColorPrimaries, ColorRange, Colorspace, ColorTrc
 from numpy.typing import NDArray
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageOps
 from safetensors import SafetensorError
 
 Frames = NDArray[np.uint8]  # (T, H, W, 3), RGB
@@ -97,19 +98,29 @@ def read_video(path: str | Path) -> tuple[Frames, float]:
     return np.stack(frames), rate
 
 
-def read_image(path: str | Path | BinaryIO) -> NDArray[np.uint8]:
-    """A picture as ``(H, W, 3)`` uint8: turned as its EXIF says, transparency over white."""
+def read_image(source: str | Path | BinaryIO | Image.Image) -> NDArray[np.uint8]:
+    """A picture as ``(H, W, 3)`` uint8: turned as its EXIF says, transparency over white, 16 bits to 8."""
     try:
-        with Image.open(path) as file:
-            image = ImageOps.exif_transpose(file)
-            if image.has_transparency_data:
-                rgba = image.convert("RGBA")
-                image = Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba)
-            return np.asarray(image.convert("RGB"))
+        with nullcontext(source) if isinstance(source, Image.Image) else Image.open(source) as image:
+            return _rgb(ImageOps.exif_transpose(image))
     except FileNotFoundError:
-        raise FileNotFoundError(f"image: {path} does not exist") from None
-    except (UnidentifiedImageError, Image.DecompressionBombError, OSError) as error:
-        raise ValueError(f"image: {path} is not a picture that can be read: {error}") from None
+        raise FileNotFoundError(f"image: {source} does not exist") from None
+    except Exception as error:  # of a damaged file Pillow's decoders raise nearly anything
+        raise ValueError(f"image: {source} is not a picture that can be read: {error}") from None
+
+
+def _rgb(image: Image.Image) -> NDArray[np.uint8]:
+    if image.mode == "F":
+        raise ValueError("floating-point numbers, of which nothing says what is white")
+    if image.mode.startswith("I"):  # Pillow clips it to 8 bits
+        grey = np.asarray(image)
+        if grey.size and not 0 <= grey.min() <= grey.max() <= 65535:
+            raise ValueError(f"numbers from {grey.min()} to {grey.max()}, more than 16 bits")
+        return np.repeat((grey / 257).round().astype(np.uint8)[..., None], 3, 2)
+    if image.has_transparency_data:
+        rgba = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba)
+    return np.asarray(image.convert("RGB"))
 
 
 def _write_mp4(frames: Frames, path: Path, fps: float) -> None:
