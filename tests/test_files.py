@@ -68,6 +68,13 @@ def test_gif_at_the_ends(tmp_path, frames, fps):
     assert read_video(write_frames(frames, tmp_path / "clip.gif", fps))[1] == min(fps, 100)
 
 
+def test_gif_of_equal_frames(tmp_path, frames):
+    """Pillow makes one of them, which lasts as long as gif can say."""
+    with Image.open(write_frames(np.repeat(frames[:2], [3, 8], 0), tmp_path / "clip.gif", 0.01)) as gif:
+        durations = [gif.seek(i) or gif.info["duration"] for i in range(gif.n_frames)]
+    assert durations == [300_000, 655_350]
+
+
 def test_folder_of_png(tmp_path, frames):
     for _ in range(2):  # written anew in place of the old one
         path = write_frames(frames, tmp_path / "frames")

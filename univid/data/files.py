@@ -160,6 +160,10 @@ def _write_gif(frames: Frames, path: Path, fps: float) -> None:
     images = [Image.fromarray(frame).quantize(palette=palette) for frame in frames]
     # gif counts hundredths of a second: 13 and 12 in turn are 8 fps. Players show 0 at 10 fps.
     hundredths = np.diff(np.round(np.arange(len(frames) + 1) * 100 / fps)).clip(1)
+    first = 0  # of equal frames, which Pillow makes one of: gif counts its time in 16 bits
+    for i, image in enumerate(images):
+        first = first if image == images[first] else i
+        hundredths[i] = min(hundredths[i], 65535 - hundredths[first:i].sum())
     durations = [10 * int(each) for each in hundredths]
     images[0].save(path, "GIF", save_all=True, append_images=images[1:], duration=durations, loop=0, optimize=False)
 
