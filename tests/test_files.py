@@ -1,5 +1,7 @@
 """Pictures and videos, written and read back."""
 
+import os
+
 import numpy as np
 import pytest
 from PIL import Image
@@ -84,6 +86,54 @@ def test_folder_of_png(tmp_path, frames):
     assert list(tmp_path.iterdir()) == [path]
 
 
+@pytest.mark.parametrize("names", [["holiday.png"], ["0000.png", "holiday.png"], ["0001.png", "0002.png"]], ids=repr)
+@pytest.mark.parametrize("kind", ["file", "folder"])
+def test_a_folder_of_other_pictures_is_kept(tmp_path, frames, names, kind):
+    for name in names:
+        (tmp_path / "pictures" / name).mkdir(parents=True)
+        if kind == "file":
+            (tmp_path / "pictures" / name).rmdir()
+            Image.new("RGB", (4, 4)).save(tmp_path / "pictures" / name)
+    for write in (check_writable, lambda path: write_frames(frames, path)):
+        with pytest.raises(FileExistsError, match="holds other things"):
+            write(tmp_path / "pictures")
+    assert sorted(path.name for path in (tmp_path / "pictures").iterdir()) == names
+
+
+def test_a_folder_named_as_a_frame_is_kept(tmp_path):
+    (tmp_path / "frames" / "0000.png").mkdir(parents=True)
+    with pytest.raises(FileExistsError, match="holds other things"):
+        check_writable(tmp_path / "frames")
+
+
+@pytest.mark.parametrize("name", ["clip.MP4", "clip.Gif", "frame.PNG"])
+def test_endings_in_capitals(tmp_path, frames, name):
+    path = write_frames(frames[:1] if name == "frame.PNG" else frames, tmp_path / name)
+    assert path.name == name
+    assert read_video(path)[0].shape[1:] == frames.shape[1:]
+
+
+@pytest.mark.parametrize("name", ["clip.mp4", "frames"])
+@pytest.mark.parametrize("there", [True, False])
+def test_where_a_link_leads_is_written(tmp_path, frames, name, there):
+    (tmp_path / "elsewhere").mkdir()
+    real = tmp_path / "elsewhere" / f"real-{name}"
+    if there:
+        write_frames(frames[:1], real)
+    (tmp_path / name).symlink_to(real)
+    write_frames(frames, tmp_path / name)
+    assert (tmp_path / name).is_symlink()
+    assert list((tmp_path / "elsewhere").iterdir()) == [real]
+    assert len(list(real.iterdir()) if name == "frames" else read_video(real)[0]) == len(frames)
+
+
+@pytest.mark.parametrize("name", ["b" * 255, "ü" * 127, "clip" * 62 + ".mp4"], ids=len)
+def test_names_as_long_as_they_can_be(tmp_path, frames, name):
+    for _ in range(2):
+        write_frames(frames, tmp_path / name)
+    assert [path.name for path in tmp_path.iterdir()] == [name]
+
+
 def test_one_png(tmp_path, frames):
     path = write_frames(frames[:1], tmp_path / "frame.png")
     assert np.array_equal(read_image(path), frames[0])
@@ -142,6 +192,11 @@ def test_a_damaged_picture(tmp_path, name, place, value):
         ("plain", 2, "is a file; a folder's name needed"),
         (".", 2, "a name of its own needed"),
         ("empty/..", 2, "a name of its own needed"),
+        (".mp4", 2, r"got '.*\.mp4'; a name of its own needed"),
+        (".PNG", 1, r"got '.*\.PNG'; a name of its own needed"),
+        ("pipe", 2, "is neither a file nor a folder; another name needed"),
+        ("pipe.mp4", 2, "is neither a file nor a folder; another name needed"),
+        ("link", 2, "the folder .*nowhere does not exist"),
         ("/proc/clip.mp4", 2, "cannot be written|does not exist"),  # though root has the permission
     ],
 )
@@ -151,6 +206,9 @@ def test_unwritable(tmp_path, monkeypatch, name, num_frames, error):
     (tmp_path / "notes").mkdir()
     (tmp_path / "notes" / "text.txt").write_text("keep me")
     (tmp_path / "plain").write_text("keep me")
+    (tmp_path / "link").symlink_to(tmp_path / "nowhere" / "clip")
+    for pipe in ("pipe", "pipe.mp4"):
+        os.mkfifo(tmp_path / pipe)
     with pytest.raises((ValueError, OSError), match=error):
         check_writable(name if name == "." else tmp_path / name, num_frames)
     assert not list((tmp_path / "empty").iterdir())
@@ -196,6 +254,15 @@ def test_a_picture_that_is_a_bomb(tmp_path, monkeypatch):
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)  # twice as many are an error
     with pytest.raises(ValueError, match=r"^image: .*large\.png is not a picture that can be read: Image size"):
         read_image(tmp_path / "large.png")
+
+
+@pytest.mark.parametrize("named", [True, False])
+def test_a_full_disk_is_told_of_the_name_that_was_chosen(tmp_path, named):
+    def write(partial):
+        raise OSError(28, "No space left on device", *[str(partial)] * named)
+
+    with pytest.raises(OSError, match=rf"^\[Errno 28\] No space left on device: '{tmp_path}/clip\.mp4'$"):
+        beside(tmp_path / "clip.mp4", write)
 
 
 @pytest.mark.parametrize("error", [OSError(28, "No space left on device"), SafetensorError("No space left on device")])

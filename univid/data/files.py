@@ -32,25 +32,27 @@ def check_writable(path: str | Path, num_frames: int = 2) -> Path:
         ValueError: a suffix that nothing writes. OSError: a folder that is missing or cannot be written, or a name that is taken by
             something of another kind.
     """
-    path = Path(path)
-    if path.suffix not in (*_SUFFIXES, ""):
+    path = _named(path)
+    kind = path.suffix.lower()
+    if kind not in (*_SUFFIXES, ""):
         raise ValueError(f"output: {path} ends in {path.suffix!r}; .mp4, .gif, or a folder's name (png files) needed")
-    if path.suffix == ".png" and num_frames > 1:
+    if kind == ".png" and num_frames > 1:
         raise ValueError(
             f"output: {path} holds one picture; .mp4, .gif or a folder's name needed for a video, or num_frames = 1"
         )
-    if path.name in ("", ".."):  # a folder can take the place of another, but not of the one that one stands in
-        raise ValueError(f"output: got {str(path)!r}; a name of its own needed")
-    if not path.parent.is_dir():
-        raise FileNotFoundError(f"output: the folder {path.parent} does not exist")
-    if path.is_dir() and (path.suffix or any(child.suffix != ".png" for child in path.iterdir())):
+    real = path.resolve()  # where a link leads, not the link, is written
+    if not real.parent.is_dir():
+        raise FileNotFoundError(f"output: the folder {real.parent} does not exist")
+    if real.is_dir() and (kind or not _is_written(real)):
         raise FileExistsError(f"output: {path} is a folder that holds other things; another name needed")
-    if path.suffix == "" and path.is_file():
+    if kind == "" and real.is_file():
         raise FileExistsError(f"output: {path} is a file; a folder's name needed, or an ending: .mp4, .gif")
-    if path.exists() and not os.access(path, os.W_OK):
+    if real.exists() and not (real.is_dir() or real.is_file()):
+        raise FileExistsError(f"output: {path} is neither a file nor a folder; another name needed")
+    if real.exists() and not os.access(real, os.W_OK):
         raise PermissionError(f"output: {path} cannot be written")
     try:  # as it will be: what permissions say is not all, for root and on other machines' disks
-        _room(path).rmdir()
+        _room(real).rmdir()
     except OSError as error:
         raise PermissionError(f"output: {path} cannot be written: {error.strerror}") from None
     return path
@@ -65,8 +67,16 @@ def check_fps(fps: float) -> float:
 
 def numbered(path: str | Path, count: int) -> list[Path]:
     """The names of ``count`` videos: ``path`` of one, else clip-0.mp4, clip-1.mp4, …"""
-    path = Path(path)
+    path = _named(path)
     return [path] if count == 1 else [path.with_name(f"{path.stem}-{index}{path.suffix}") for index in range(count)]
+
+
+def _named(path: str | Path) -> Path:
+    """Raises ValueError where there is no name: a folder can take the place of another, but not of the one that one stands in."""
+    path = Path(path)
+    if path.name.lower() in ("", "..", *_SUFFIXES):
+        raise ValueError(f"output: got {str(path)!r}; a name of its own needed")
+    return path
 
 
 def write_frames(frames: Frames, path: str | Path, fps: float = 8) -> Path:
@@ -79,9 +89,10 @@ def write_frames(frames: Frames, path: str | Path, fps: float = 8) -> Path:
         raise ValueError(f"frames: got {frames.dtype} {frames.shape}; uint8 (T, H, W, 3) with T >= 1 needed")
     path = check_writable(path, len(frames))
     check_fps(fps)
-    if path.suffix == ".mp4" and (frames.shape[1] % 2 or frames.shape[2] % 2):
+    kind = path.suffix.lower()
+    if kind == ".mp4" and (frames.shape[1] % 2 or frames.shape[2] % 2):
         raise ValueError(f"frames: mp4 needs an even height and width, got {frames.shape[1]}x{frames.shape[2]}")
-    write = {".mp4": _write_mp4, ".gif": _write_gif, ".png": _write_png, "": _write_folder}[path.suffix]
+    write = {".mp4": _write_mp4, ".gif": _write_gif, ".png": _write_png, "": _write_folder}[kind]
     beside(path, lambda partial: write(frames, partial, fps))
     return path
 
@@ -174,37 +185,51 @@ def _write_png(frames: Frames, path: Path, fps: float) -> None:
 
 def _write_folder(frames: Frames, path: Path, fps: float) -> None:
     path.mkdir()
-    digits = max(4, len(str(len(frames))))
-    for index, frame in enumerate(frames):
-        Image.fromarray(frame).save(path / f"{index:0{digits}}.png")
+    for name, frame in zip(_frame_names(len(frames)), frames, strict=True):
+        Image.fromarray(frame).save(path / name)
+
+
+def _frame_names(count: int) -> list[str]:
+    digits = max(4, len(str(count)))
+    return [f"{index:0{digits}}.png" for index in range(count)]
+
+
+def _is_written(folder: Path) -> bool:
+    """Whether a folder holds the frames of a video, as they are written here, and nothing that would be lost."""
+    files = list(folder.iterdir())
+    return {path.name for path in files} == set(_frame_names(len(files))) and all(path.is_file() for path in files)
 
 
 def beside(path: Path, write: Callable[[Path], object]) -> None:
     """``write(partial)``, then its file or folder takes the place of ``path``; if it fails, what was there still is.
 
+    Where a link leads, not the link, is replaced.
+
     Raises:
         OSError: it could not be written, as on a full disk; names ``path``.
     """
-    room = _room(path)
+    real = path.resolve()
+    room = _room(real)
+    partial = room / real.name
     try:
         try:
-            write(room / path.name)
+            write(partial)
         except SafetensorError as error:
             raise OSError(f"path: {path} could not be written: {error}") from error
-        except OSError as error:
-            if error.errno and not error.filename:  # what the system says of a write, without a name
-                error.filename = str(path)
+        except OSError as error:  # what the system says of a write, without a name or with one that nobody chose
+            if error.errno and str(error.filename or room).startswith(str(room)):
+                raise OSError(error.errno, error.strerror, str(path)) from error
             raise
-        if not path.is_dir():
-            (room / path.name).replace(path)
+        if not real.is_dir():
+            partial.replace(real)
             return
-        old = room / f"{path.name}.old"  # a folder that is not empty cannot be replaced at once
-        path.rename(old)
+        old = _room(partial) / real.name  # a folder that is not empty cannot be replaced at once
+        real.rename(old)
         try:
-            (room / path.name).rename(path)
+            partial.rename(real)
         except BaseException:
-            if not path.exists():
-                old.rename(path)
+            if not real.exists():
+                old.rename(real)
             raise
     finally:
         shutil.rmtree(room, ignore_errors=True)
@@ -212,4 +237,5 @@ def beside(path: Path, write: Callable[[Path], object]) -> None:
 
 def _room(path: Path) -> Path:
     """An empty folder beside ``path``."""
-    return Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}."))
+    # Of a name as long as names can be, the whole and more would be too long.
+    return Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name[:32]}."))
