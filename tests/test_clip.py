@@ -10,7 +10,7 @@ from open_clip import tokenizer
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from univid.data.cache import _hash
+from univid.data.cache import _hash, fingerprint
 from univid.data.clip import VOCABULARY, WEIGHTS, Clip, build_clip, load_clip
 
 CONFIG = {
@@ -70,6 +70,15 @@ def test_save_and_load(clip, tmp_path):
     assert torch.equal(again.text(["a cat"]), clip.text(["a cat"]))
     named = load_clip(tmp_path / "clip", torch.bfloat16)
     assert named.text(["a cat"]).dtype == torch.bfloat16
+
+
+def test_a_folder_with_a_colon(clip, tmp_path):
+    folder = tmp_path / "10:00" / "ViT-Z:clip"
+    clip.save(folder)
+    assert torch.equal(load_clip(folder).text(["a cat"]), clip.text(["a cat"]))
+    (tmp_path / "config.json").write_text("{}")
+    save_file({"x": torch.zeros(1)}, tmp_path / "model.safetensors")
+    assert fingerprint(tmp_path, folder)["clip"] == _hash(folder, "")
 
 
 def test_what_only_compares_texts_with_pictures_is_not_kept(clip, tmp_path):

@@ -13,7 +13,7 @@ from safetensors.torch import load
 
 from univid.data.batch import Sample
 from univid.data.shards import Shards
-from univid.data.tensors import UNREAD, check_safetensors, read_json
+from univid.data.tensors import UNREAD, check_safetensors, clip_source, read_json
 
 _NAMES = {"vae": "VAE", "clip": "text encoder"}
 
@@ -26,7 +26,7 @@ def fingerprint(vae: str | Path, clip: str | Path) -> dict[str, str]:
             :func:`univid.data.clip.load_clip` takes.
     """
     scaling = read_json(Path(vae) / "config.json").get("scaling_factor")
-    weights = Path(str(clip).rpartition(":")[2])
+    _, weights = clip_source(clip)
     return {"vae": _hash(Path(vae), f"{scaling}"), "clip": _hash(weights, "")}
 
 

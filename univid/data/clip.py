@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from univid.data.batch import to_device
-from univid.data.tensors import UNREAD, check_keys, read_json, read_safetensors
+from univid.data.tensors import UNREAD, check_keys, clip_source, read_json, read_safetensors
 
 CONFIG = "open_clip_config.json"
 WEIGHTS = "open_clip_model.safetensors"
@@ -112,13 +112,12 @@ def load_clip(source: str | Path, dtype: torch.dtype = torch.float32) -> Clip:
     Args:
         source: a folder that holds ``open_clip_config.json`` and weights as safetensors (and, if its tokenizer is its own,
             ``bpe_vocab.txt.gz``); or the file or folder of weights of a configuration that open_clip knows, after its name and a
-            colon: ``ViT-H-14:weights/open_clip_model.safetensors``.
+            colon: ``ViT-H-14:weights/open_clip_model.safetensors``. What is there under the whole name comes first.
 
     Raises:
         FileNotFoundError: nothing there. ValueError: not a CLIP, or its weights do not fit the configuration.
     """
-    name, _, path = str(source).rpartition(":")
-    folder = Path(path)
+    name, folder = clip_source(source)
     if name:
         config = open_clip.get_model_config(name)
         if config is None:

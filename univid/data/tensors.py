@@ -16,6 +16,12 @@ WEIGHTS = "diffusion_pytorch_model.safetensors"  # diffusers' name
 UNREAD = frozenset({"visual.proj", "text_projection", "text.text_projection", "logit_scale", "logit_bias"})
 
 
+def clip_source(source: str | Path) -> tuple[str, Path]:
+    """The name and the path of ``NAME:PATH``; of a path, which may have a colon too, if there is something, ("", path)."""
+    name, _, path = str(source).rpartition(":")
+    return ("", Path(source)) if Path(source).exists() else (name, Path(path))
+
+
 def find_weights(folder: Path) -> Path:
     """The safetensors file of diffusers' folder, in full or in half precision."""
     for name in (WEIGHTS, WEIGHTS.replace(".safetensors", ".fp16.safetensors")):
