@@ -130,6 +130,20 @@ def test_from_sd21(pipe, tmp_path):
     torch.testing.assert_close(latents[-1][:, 0], x, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("scheduler", ["ddim", "dpm++", "euler"])
+@pytest.mark.parametrize("form", ["file", "diffusers"])
+def test_a_schedule_is_saved_as_it_is(pipe, tmp_path, form, scheduler):
+    """Not with DDIM's defaults where it is silent, as Stable Diffusion 2.1's is on the spacing: others have their own."""
+    silent = {name: value for name, value in SCHEDULE.items() if name not in ("timestep_spacing", "clip_sample")}
+    schedule = silent if form == "file" else DDIMScheduler(**silent).config
+    made = UniVidPipeline(pipe.unet, pipe.adapter, pipe.vae, pipe.clip, schedule, pipe.settings)
+    made.save_pretrained(tmp_path)
+    again = UniVidPipeline.from_pretrained(tmp_path)
+    call = {"scheduler": scheduler, "steps": 4, "num_frames": 1}
+    assert np.array_equal(frames(again, "a cat", **call), frames(made, "a cat", **call))
+    assert DDIMScheduler.from_pretrained(tmp_path / "scheduler").config.beta_start == SCHEDULE["beta_start"]
+
+
 def test_latents_are_not_clipped(pipe, tmp_path):
     """As DDIM would where the folder has another scheduler's configuration, which does not speak of it."""
     pipe.save_pretrained(tmp_path)

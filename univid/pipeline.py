@@ -87,7 +87,7 @@ class UniVidPipeline:
         settings: Settings | None = None,
     ):
         self.unet, self.adapter, self.vae, self.clip = unet.eval(), adapter.eval(), vae, clip
-        self.scheduler = scheduler
+        self.scheduler = _chosen(scheduler)
         self.settings = settings or Settings()
         self.low_memory = (
             False  # passes one by one, single frames to decode, and CLIP on the device only while it works
@@ -155,7 +155,11 @@ class UniVidPipeline:
         self.adapter.save_pretrained(path / "image_adapter")
         self.vae.save(path / "vae")
         self.clip.save(path / "clip")
-        SCHEDULERS["ddim"].from_config(self.scheduler).save_pretrained(path / "scheduler")
+        schedule = {"_class_name": "DDIMScheduler"} | self.scheduler
+        (path / "scheduler").mkdir()
+        (path / "scheduler" / "scheduler_config.json").write_text(
+            json.dumps(schedule, indent=2, default=np.ndarray.tolist) + "\n"  # betas may be an array
+        )
         (path / SETTINGS).write_text(json.dumps(asdict(self.settings), indent=1) + "\n")
 
         def written(folder: str, names: list[str]) -> set[str]:
@@ -444,9 +448,16 @@ def _picture(image: Picture) -> Tensor:
 
 
 def _scheduler_config(folder: Path) -> dict[str, Any]:
-    given = read_json(folder / "scheduler_config.json").items()
+    return _chosen(read_json(folder / "scheduler_config.json"))
+
+
+def _chosen(config: dict[str, Any]) -> dict[str, Any]:
+    """A scheduler's config without what diffusers notes in it and fills in: every scheduler has defaults of its own."""
+    filled = config.get("_use_default_values", ())
     # DDIM clips by default what it takes for pixels; the configuration of another scheduler says nothing of it.
-    return {"clip_sample": False} | {key: value for key, value in given if not key.startswith("_")}
+    return {"clip_sample": False} | {
+        key: value for key, value in config.items() if not key.startswith("_") and key not in filled
+    }
 
 
 def _read_settings(path: Path) -> Settings:
