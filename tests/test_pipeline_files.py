@@ -1,8 +1,10 @@
 """What a pipeline writes, and what it is read from: videos, its own folder, Stable Diffusion's."""
 
 import dataclasses
+import gzip
 import itertools
 import json
+import os
 import warnings
 from pathlib import Path
 
@@ -15,6 +17,7 @@ from safetensors.torch import load_file, save_file
 from tests.small_pipeline import RED, SCHEDULE, SETTINGS, frames, interrupt, make
 from univid import UniVidPipeline
 from univid.data.autoencoder import load_autoencoder
+from univid.data.clip import CONFIG, VOCABULARY, WEIGHTS
 from univid.data.files import read_video
 from univid.pipeline import SCHEDULERS
 
@@ -98,6 +101,26 @@ def test_saving_replaces_all_or_nothing(pipe, tmp_path, monkeypatch):
     assert list(tmp_path.iterdir()) == [folder]
     with pytest.raises(FileExistsError, match="is a file; a folder's name needed"):
         pipe.save_pretrained(folder / "README.md")
+
+
+@pytest.mark.parametrize("links", [True, False])
+def test_saving_over_another_model(pipe, tmp_path, monkeypatch, links):
+    """What was of that model only goes; other files stay as they are, and are copied where the disk has no links."""
+    if not links:
+        monkeypatch.setattr(os, "link", lambda *_: os.stat("nowhere"))
+    (tmp_path / "clip").mkdir()
+    (tmp_path / "clip" / VOCABULARY).write_bytes(gzip.compress(b"#version\na b</w>\n"))
+    save_file({"x": torch.zeros(1)}, tmp_path / "clip" / "model.safetensors")
+    (tmp_path / "clips").mkdir()
+    large = tmp_path / "clips" / "large.safetensors"
+    large.write_bytes(b"large")
+    before = large.stat()
+    pipe.save_pretrained(tmp_path)
+    assert {path.name for path in (tmp_path / "clip").iterdir()} == {CONFIG, WEIGHTS}
+    assert large.read_bytes() == b"large"
+    assert (large.stat().st_ino == before.st_ino) == links
+    assert large.stat().st_nlink == 1
+    UniVidPipeline.from_pretrained(tmp_path)
 
 
 def test_from_sd21(pipe, tmp_path):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import shutil
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -21,9 +22,9 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
-from univid.checkpoint import find
+from univid.checkpoint import PARTS, find
 from univid.data.autoencoder import Autoencoder, load_autoencoder
-from univid.data.clip import Clip, load_clip
+from univid.data.clip import VOCABULARY, Clip, load_clip
 from univid.data.files import Frames, beside, check_fps, check_writable, numbered, read_image, write_frames
 from univid.data.tensors import read_json
 from univid.graphs import Graphed, Pace, graph_key
@@ -138,7 +139,7 @@ class UniVidPipeline:
     def save_pretrained(self, path: str | Path) -> None:
         """Every part as safetensors under ``path``: unet/, image_adapter/, vae/, clip/, scheduler/, and the settings.
 
-        They are written beside ``path`` and take its place together. Other files of a folder that is there stay in it.
+        They are written beside ``path`` and take its place together. Of a folder that is there, what is no part of the model stays in it.
 
         Raises:
             FileExistsError: ``path`` is a file.
@@ -162,12 +163,14 @@ class UniVidPipeline:
         )
         (path / SETTINGS).write_text(json.dumps(asdict(self.settings), indent=1) + "\n")
 
-        def written(folder: str, names: list[str]) -> set[str]:
-            new = path / Path(folder).relative_to(there)
-            return {name for name in names if (new / name).is_file()}
+        def replaced(folder: str, names: list[str]) -> set[str]:
+            """What was written anew, and weights and words of a former model, beside which the new ones would be misread."""
+            inside = Path(folder).relative_to(there)
+            former = (".safetensors", VOCABULARY) if str(inside) in PARTS else ()
+            return {name for name in names if (path / inside / name).is_file() or name.endswith(former)}
 
         if there.is_dir():
-            shutil.copytree(there, path, symlinks=True, ignore=written, dirs_exist_ok=True)
+            shutil.copytree(there, path, True, replaced, _link, dirs_exist_ok=True)
 
     def to(self, device: torch.device | str) -> UniVidPipeline:
         """Move all parts. On a GPU the U-Net runs as a CUDA graph, which is kept for calls of the same sizes until one of
@@ -445,6 +448,14 @@ def _picture(image: Picture) -> Tensor:
     raise TypeError(
         f"image: got {got}; a file, a PIL image, uint8 (H, W, 3) or a float tensor (3, H, W) in [0, 1] needed"
     )
+
+
+def _link(source: str, target: str) -> None:
+    """A copy in no time and room, where the disk has that."""
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copy2(source, target)
 
 
 def _scheduler_config(folder: Path) -> dict[str, Any]:
