@@ -1,5 +1,6 @@
 """The generator, end to end on the CPU with small random parts."""
 
+import re
 from contextlib import nullcontext
 from types import SimpleNamespace
 
@@ -241,6 +242,25 @@ def test_a_picture(pipe, tmp_path):
 def test_bad_input(pipe, given, error):
     with pytest.raises((ValueError, TypeError, FileNotFoundError), match=error):
         frames(pipe, **given)
+
+
+@pytest.mark.parametrize(
+    ("spacing", "offset", "steps", "schedulers"),
+    [
+        ("leading", 1, 1000, ("ddim", "dpm++", "euler")),
+        ("leading", 0, 1000, ("dpm++",)),
+        ("linspace", 0, 1000, ("dpm++",)),
+        ("trailing", 0, 61, ("ddim", "dpm++", "euler")),  # of 62, the last -1
+    ],
+)
+def test_steps_that_a_schedule_does_not_have(pipe, monkeypatch, spacing, offset, steps, schedulers):
+    monkeypatch.setattr(pipe.unet, "forward", lambda *_, **__: pytest.fail("it was sampled"))
+    monkeypatch.setattr(pipe, "scheduler", pipe.scheduler | {"timestep_spacing": spacing, "steps_offset": offset})
+    for scheduler in schedulers:
+        with pytest.raises(
+            ValueError, match=rf"^steps: got {steps}; {re.escape(scheduler)} finds no .*{spacing} spacing"
+        ):
+            frames(pipe, "a cat", steps=steps, scheduler=scheduler)
 
 
 class Recomputed(Graphed):

@@ -156,7 +156,7 @@ def test_from_sd21(pipe, tmp_path):
 @pytest.mark.parametrize("scheduler", ["ddim", "dpm++", "euler"])
 @pytest.mark.parametrize("form", ["file", "diffusers"])
 def test_a_schedule_is_saved_as_it_is(pipe, tmp_path, form, scheduler):
-    """Not with DDIM's defaults where it is silent, as Stable Diffusion 2.1's is on the spacing: others have their own."""
+    """Not with DDIM's defaults where it is silent, as Stable Diffusion 2.1's on the spacing: others have their own."""
     silent = {name: value for name, value in SCHEDULE.items() if name not in ("timestep_spacing", "clip_sample")}
     schedule = silent if form == "file" else DDIMScheduler(**silent).config
     made = UniVidPipeline(pipe.unet, pipe.adapter, pipe.vae, pipe.clip, schedule, pipe.settings)

@@ -139,7 +139,8 @@ class UniVidPipeline:
     def save_pretrained(self, path: str | Path) -> None:
         """Every part as safetensors under ``path``: unet/, image_adapter/, vae/, clip/, scheduler/, and the settings.
 
-        They are written beside ``path`` and take its place together. Of a folder that is there, what is no part of the model stays in it.
+        They are written beside ``path`` and take its place together. Of a folder that is there, what is no part of a
+        model stays in it.
 
         Raises:
             FileExistsError: ``path`` is a file.
@@ -164,7 +165,7 @@ class UniVidPipeline:
         (path / SETTINGS).write_text(json.dumps(asdict(self.settings), indent=1) + "\n")
 
         def replaced(folder: str, names: list[str]) -> set[str]:
-            """What was written anew, and weights and words of a former model, beside which the new ones would be misread."""
+            """What was written anew, and a former model's weights and words, which would be read with the new ones."""
             inside = Path(folder).relative_to(there)
             former = (".safetensors", VOCABULARY) if str(inside) in PARTS else ()
             return {name for name in names if (path / inside / name).is_file() or name.endswith(former)}
@@ -238,6 +239,7 @@ class UniVidPipeline:
             image_guidance_scale=image_guidance_scale,
             guidance_rescale=guidance_rescale,
         )
+        sampler = self._sampler(s)
         levels = self.unet.config.factors
         weights = {
             "text": by_level("text_weight", text_weight, levels, s.num_frames),
@@ -262,8 +264,6 @@ class UniVidPipeline:
         with self._clip_on_device():
             text = self._text(prompts, negative_prompt, videos) if with_text else None
             tokens = self._tokens(pictures, videos) if with_image else None
-        sampler = SCHEDULERS[s.scheduler].from_config(self.scheduler)
-        sampler.set_timesteps(s.steps)  # on the CPU: a scheduler reads them, and a number on a GPU has to be waited for
         times = sampler.timesteps.to(self.device, torch.float32)  # whichever the scheduler: one graph serves all
         latents = self._noise(videos, s, seed, generator).to(self.device) * sampler.init_noise_sigma
         bar = tqdm(sampler.timesteps, "Sampling", disable=not progress, unit="step")
@@ -395,6 +395,20 @@ class UniVidPipeline:
         if not 0 <= s.guidance_rescale <= 1:
             raise ValueError(f"guidance_rescale: got {s.guidance_rescale}; a number in [0, 1] needed")
         return s
+
+    def _sampler(self, s: Settings) -> Any:
+        """The scheduler with its time steps, on the CPU: it reads them, and a number on a GPU has to be waited for."""
+        sampler = SCHEDULERS[s.scheduler].from_config(self.scheduler)
+        sampler.set_timesteps(s.steps)
+        times, most = sampler.timesteps, sampler.config.num_train_timesteps - 1
+        levels = getattr(sampler, "sigmas", times)[: s.steps]
+        # Rounded and shifted, they may be too many, beyond the ends, or twice the same.
+        if len(times) != s.steps or times.min() < 0 or times.max() > most or len(levels.unique()) < s.steps:
+            raise ValueError(
+                f"steps: got {s.steps}; {s.scheduler} finds no {s.steps} different time steps from 0 to {most} with the"
+                f" checkpoint's {sampler.config.timestep_spacing} spacing; another number needed"
+            )
+        return sampler
 
     @contextmanager
     def _clip_on_device(self) -> Iterator[None]:

@@ -17,7 +17,7 @@ UNREAD = frozenset({"visual.proj", "text_projection", "text.text_projection", "l
 
 
 def clip_source(source: str | Path) -> tuple[str, Path]:
-    """The name and the path of ``NAME:PATH``; of a path, which may have a colon too, if there is something, ("", path)."""
+    """The name and the path of ``NAME:PATH``; no name where the whole, which may have a colon, is a path already."""
     name, _, path = str(source).rpartition(":")
     return ("", Path(source)) if Path(source).exists() else (name, Path(path))
 
