@@ -248,6 +248,17 @@ def test_wrong_keys(model, tmp_path, capsys):
     assert capsys.readouterr().err == f"univid: path: {path.parent} misses conv_in.bias\n"
 
 
+def test_a_configuration_that_is_none(model, tmp_path, capsys):
+    """In one line, though PyTorch's own reason has many."""
+    shutil.copytree(model, tmp_path / "model")
+    path = tmp_path / "model" / "scheduler" / "scheduler_config.json"
+    path.write_text('{"num_train_timesteps": "x"}')
+    assert main(["generate", "x", "--model", str(tmp_path / "model"), "-o", str(tmp_path / "x.mp4")]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith(f"univid: scheduler: {path} is not of a diffusers scheduler: linspace()")
+    assert len(error.splitlines()) == 1
+
+
 def test_what_cannot_run(model, tmp_path, capsys, monkeypatch):
     """A backend that was asked for and refuses, and a GPU that is full."""
     arguments = ["generate", "x", "--model", model, "-o", str(tmp_path / "x.mp4"), "--device", "cpu"]

@@ -161,6 +161,8 @@ def test_errors(clip, tmp_path):
         ({"layers": 1}, r"has left over visual\.transformer\.resblocks\.1"),
         ({"patch_size": 7}, r"has other shapes: visual\.conv1\.weight"),
         ({"depth": 3}, r"its configuration is not that of an open_clip model"),
+        ({"patch_size": 0}, r"its configuration is not that of an open_clip model"),
+        ({"head_width": 7}, r"its configuration is not that of an open_clip model"),
     ]:
         config = CONFIG | {"vision_cfg": CONFIG["vision_cfg"] | vision}
         (tmp_path / "clip" / "open_clip_config.json").write_text(json.dumps({"model_cfg": config}))

@@ -2,6 +2,7 @@
 
 import re
 from contextlib import nullcontext
+from operator import attrgetter
 from types import SimpleNamespace
 
 import numpy as np
@@ -179,6 +180,14 @@ def test_schedulers(pipe, monkeypatch, scheduler, spacing):
             x = sampler.step(guide(predictions, plan), t, x).prev_sample
             assert torch.equal(latents[step], x)
     assert np.array_equal(got, pipe.vae.decode(x).numpy())
+
+
+@pytest.mark.parametrize("part", ["unet", "vae.vae.decoder"])
+def test_weights_that_are_not_finite(part):
+    broken = make()
+    next(attrgetter(part)(broken).parameters()).data.fill_(float("nan"))
+    with pytest.raises(RuntimeError, match=r"^frames: got numbers that are not finite"):
+        frames(broken, "a cat")
 
 
 def test_a_picture_from_a_file_or_from_pillow(pipe, tmp_path):

@@ -14,11 +14,12 @@ import torch
 from diffusers import DDIMScheduler, EulerDiscreteScheduler, UNet2DConditionModel
 from safetensors.torch import load_file, save_file
 
-from tests.small_pipeline import RED, SCHEDULE, SETTINGS, frames, interrupt, make
+from tests.small_pipeline import CLIP, RED, SCHEDULE, SETTINGS, frames, interrupt, make
 from univid import UniVidPipeline
 from univid.data.autoencoder import load_autoencoder
-from univid.data.clip import CONFIG, VOCABULARY, WEIGHTS
+from univid.data.clip import CONFIG, VOCABULARY, WEIGHTS, build_clip
 from univid.data.files import read_video
+from univid.model import ImageAdapter
 from univid.pipeline import SCHEDULERS
 
 
@@ -64,6 +65,56 @@ def test_bad_settings(pipe, tmp_path, choices, error):
     pipe.save_pretrained(tmp_path)
     (tmp_path / "generation.json").write_text(choices)
     with pytest.raises(ValueError, match=rf"generation\.json.*{error}"):
+        UniVidPipeline.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("file", "name", "value", "error"),
+    [
+        (
+            "scheduler/scheduler_config",
+            "prediction_type",
+            "epsilon",
+            "got 'epsilon', needs 'v_prediction', as its unet",
+        ),
+        ("scheduler/scheduler_config", "beta_start", 3, "got 1000 betas from .* to .*, needs 1000 from 0 to 1"),
+        ("scheduler/scheduler_config", "trained_betas", [], "is not of a diffusers scheduler: index 0"),
+        (
+            "scheduler/scheduler_config",
+            "trained_betas",
+            [0.1, 0.2],
+            "got 2 betas from .* to .*, needs 1000 from 0 to 1",
+        ),
+        ("scheduler/scheduler_config", "num_train_timesteps", "x", "is not of a diffusers scheduler: linspace"),
+        ("image_adapter/config", "image_tokens", "all", "image_tokens: got 'all', needs patch or global"),
+        ("vae/config", "norm_num_groups", 0, "is not of diffusers' AutoencoderKL"),
+    ],
+)
+def test_bad_configurations(pipe, tmp_path, file, name, value, error):
+    pipe.save_pretrained(tmp_path)
+    path = tmp_path / f"{file}.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {name: value}))
+    with pytest.raises(ValueError, match=error):
+        UniVidPipeline.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("part", "other", "error"),
+    [
+        (
+            "clip",
+            lambda: build_clip(CLIP | {"text_cfg": CLIP["text_cfg"] | {"width": 32}}),
+            "clip: text_cfg.width: got 32",
+        ),
+        ("adapter", lambda: ImageAdapter(40, 32), "image_adapter: context_dim: got 32, needs 24, as its unet"),
+        ("adapter", lambda: ImageAdapter(32, 24), "image_adapter: image_dim: got 32, needs 40, as its clip"),
+    ],
+)
+def test_parts_of_other_models(tmp_path, part, other, error):
+    mixed = make()
+    setattr(mixed, part, other())
+    mixed.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=f"^path: {tmp_path}: {error}"):
         UniVidPipeline.from_pretrained(tmp_path)
 
 

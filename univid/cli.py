@@ -35,10 +35,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("univid: stopped; nothing is half-written", file=sys.stderr)
         return 130
-    except (ValueError, TypeError, OSError) as error:
-        print(f"univid: {error}", file=sys.stderr)
-        return 2
-    except RuntimeError as error:  # no memory left, or a backend that was asked for and cannot run
+    except (ValueError, TypeError, OSError, RuntimeError) as error:  # PyTorch's go on for many lines
         more = "; --low-memory needs less" if type(error).__name__ == "OutOfMemoryError" else ""
         print(f"univid: {str(error).partition(chr(10))[0]}{more}", file=sys.stderr)
         return 2

@@ -103,7 +103,7 @@ class UniVidPipeline:
         """From a folder that :meth:`save_pretrained` wrote, or one that ships, by its name.
 
         Raises:
-            FileNotFoundError, ValueError: a part that is missing, or does not fit its configuration.
+            FileNotFoundError, ValueError: a part that is missing, or does not fit its configuration or the other parts.
         """
         path = find(path, "path")
         return cls(
@@ -113,7 +113,7 @@ class UniVidPipeline:
             load_clip(path / "clip", torch_dtype),
             _scheduler_config(path / "scheduler"),
             _read_settings(path / SETTINGS),
-        )
+        )._fitting(path)
 
     @classmethod
     def from_sd21(
@@ -127,14 +127,33 @@ class UniVidPipeline:
         sd_path = Path(sd_path)
         unet = load_sd21(sd_path, torch_dtype=torch_dtype)
         clip = load_clip(clip_path, torch_dtype)
-        adapter = ImageAdapter(clip.config["vision_cfg"]["width"], unet.config.context_dim, unet.config.image_tokens)
+        adapter = ImageAdapter(clip.image_dim, unet.config.context_dim, unet.config.image_tokens)
         return cls(
             unet,
             adapter.to(torch_dtype),
             load_autoencoder(sd_path / "vae", torch_dtype),
             clip,
             _scheduler_config(sd_path / "scheduler"),
-        )
+        )._fitting(sd_path)
+
+    def _fitting(self, path: Path) -> UniVidPipeline:
+        """Itself. Raises ValueError: parts of ``path`` that do not fit each other."""
+        unet, vae, adapter = self.unet.config, self.vae.vae.config, self.adapter.to_config()
+        for name, got, needed, whose in (
+            (
+                "scheduler: prediction_type",
+                self.scheduler.get("prediction_type", "epsilon"),
+                unet.prediction_type,
+                "unet",
+            ),
+            ("vae: latent_channels", vae.latent_channels, unet.in_channels, "unet"),
+            ("clip: text_cfg.width", self.clip.text_dim, unet.context_dim, "unet"),
+            ("image_adapter: context_dim", adapter["context_dim"], unet.context_dim, "unet"),
+            ("image_adapter: image_dim", adapter["image_dim"], self.clip.image_dim, "clip"),
+        ):
+            if got != needed:
+                raise ValueError(f"path: {path}: {name}: got {got!r}, needs {needed!r}, as its {whose}")
+        return self
 
     def save_pretrained(self, path: str | Path) -> None:
         """Every part as safetensors under ``path``: unet/, image_adapter/, vae/, clip/, scheduler/, and the settings.
@@ -473,7 +492,18 @@ def _link(source: str, target: str) -> None:
 
 
 def _scheduler_config(folder: Path) -> dict[str, Any]:
-    return _chosen(read_json(folder / "scheduler_config.json"))
+    path = folder / "scheduler_config.json"
+    config = _chosen(read_json(path))
+    try:
+        schedule = DDIMScheduler.from_config(config)
+    except Exception as error:  # diffusers checks few of the values
+        raise ValueError(f"scheduler: {path} is not of a diffusers scheduler: {error}") from None
+    betas, steps = schedule.betas, schedule.config.num_train_timesteps
+    if len(betas) != steps or not ((betas >= 0) & (betas <= 1)).all():
+        raise ValueError(
+            f"scheduler: {path}: got {len(betas)} betas from {betas.min():g} to {betas.max():g}, needs {steps} from 0 to 1"
+        )
+    return config
 
 
 def _chosen(config: dict[str, Any]) -> dict[str, Any]:

@@ -48,14 +48,23 @@ class Autoencoder(nn.Module):
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
-        """``(B, T, 4, h, w)`` to uint8 frames ``(B, T, 8h, 8w, 3)``, on the CPU."""
+        """``(B, T, 4, h, w)`` to uint8 frames ``(B, T, 8h, 8w, 3)``, on the CPU.
+
+        Raises:
+            RuntimeError: pixels that are not finite, of latents or weights that are not.
+        """
+        finite = []  # read once, at the end: a number on a GPU has to be waited for
 
         def decode(x: Tensor) -> Tensor:
             pixels = self.vae.decode(x / self.vae.config.scaling_factor, return_dict=False)[0]
+            finite.append(pixels.isfinite().all())
             return pixels.float().add(1).mul(127.5).round().clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1)
 
         # Rounded where they were computed, so that a quarter of float32's bytes go over the bus, and all at once.
-        return self._in_chunks(decode, latents).cpu()
+        frames = self._in_chunks(decode, latents).cpu()
+        if not torch.stack(finite).all():
+            raise RuntimeError("frames: got numbers that are not finite; weights that are, and do not overflow, needed")
+        return frames
 
     def _in_chunks(self, function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
         """``function`` on ``(M, C, h, w)`` for all frames of ``(B, T, C, h, w)``."""
@@ -83,7 +92,7 @@ def load_autoencoder(folder: str | Path, dtype: torch.dtype = torch.float32) -> 
     config = read_json(folder / "config.json")
     try:
         vae = AutoencoderKL.from_config(config)
-    except (TypeError, AttributeError, ValueError) as error:
+    except Exception as error:  # diffusers checks few of the values
         raise ValueError(f"vae: {folder / 'config.json'} is not of diffusers' AutoencoderKL: {error}") from None
     weights = find_weights(folder)
     state = vae.state_dict()

@@ -55,6 +55,16 @@ class Clip(nn.Module):
         """Tokens of a prompt, 77 for every published CLIP."""
         return self.config["text_cfg"].get("context_length", 77)
 
+    @property
+    def text_dim(self) -> int:
+        """Of a token of a text."""
+        return self.config["text_cfg"].get("width", 512)
+
+    @property
+    def image_dim(self) -> int:
+        """Of a token of an image."""
+        return self.config["vision_cfg"].get("width", 768)
+
     @torch.no_grad()
     def text(self, prompts: list[str]) -> Tensor:
         """``(B, 77, width)``; a prompt too long for the context is cut, with a warning that shows what was lost."""
@@ -155,7 +165,7 @@ def build_clip(config: dict, vocabulary: Path | None = None) -> Clip:
     kind = open_clip.model.CustomTextCLIP if config.get("custom_text") else open_clip.model.CLIP
     try:
         model = kind(**{key: value for key, value in config.items() if key != "custom_text"})
-    except TypeError as error:
+    except Exception as error:  # open_clip checks few of the values
         raise ValueError(f"clip: its configuration is not that of an open_clip model: {error}") from None
     model.visual.image_mean = getattr(model.visual, "image_mean", None) or open_clip.OPENAI_DATASET_MEAN
     model.visual.image_std = getattr(model.visual, "image_std", None) or open_clip.OPENAI_DATASET_STD

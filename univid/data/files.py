@@ -72,7 +72,7 @@ def numbered(path: str | Path, count: int) -> list[Path]:
 
 
 def _named(path: str | Path) -> Path:
-    """Raises ValueError where that is no name: a folder takes another's place, but not that of the one one stands in."""
+    """Raises ValueError where that is no name: a folder takes another's place, but not that of the one we stand in."""
     path = Path(path)
     if path.name.lower() in ("", "..", *_SUFFIXES):
         raise ValueError(f"output: got {str(path)!r}; a name of its own needed")

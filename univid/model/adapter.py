@@ -19,6 +19,8 @@ class ImageAdapter(Pretrained):
 
     def __init__(self, image_dim: int = 1280, context_dim: int = 1024, image_tokens: str = "patch"):
         super().__init__()
+        if image_tokens not in ("patch", "global"):
+            raise ValueError(f"image_tokens: got {image_tokens!r}, needs patch or global")
         self.image_tokens = image_tokens
         self.linear_1 = nn.Linear(image_dim, image_dim)
         self.gelu = nn.GELU()
@@ -42,5 +44,5 @@ class ImageAdapter(Pretrained):
     def from_config(cls, config: dict[str, Any], source: str, **choices: Any) -> Self:
         try:
             return cls(**config | choices)
-        except TypeError as error:
+        except (TypeError, ValueError, RuntimeError) as error:
             raise ValueError(f"path: {source} is not an image adapter's: {error}") from None
