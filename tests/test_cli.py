@@ -1,5 +1,6 @@
 """The command line, in this process."""
 
+import json
 import shutil
 import subprocess
 import sys
@@ -45,6 +46,21 @@ def test_generate(model, picture, tmp_path, capsys, name):
         assert read_video(output)[0].shape == (3, 16, 32, 3)
     else:
         assert sorted(path.name for path in output.iterdir()) == ["0000.png", "0001.png", "0002.png"]
+
+
+def test_the_first_processor(model, tmp_path):
+    arguments = ["--model", model, "-o", str(tmp_path / "x.mp4"), "--steps", "1", "--device", "cpu:0"]
+    assert main(["generate", "a cat", *arguments]) == 0
+
+
+def test_a_checkpoint_of_pictures(model, tmp_path):
+    """One frame is its default."""
+    folder = shutil.copytree(model, tmp_path / "model")
+    settings = json.loads((folder / "generation.json").read_text())
+    (folder / "generation.json").write_text(json.dumps(settings | {"num_frames": 1}))
+    output = tmp_path / "x.png"
+    assert main(["generate", "a cat", "--model", str(folder), "-o", str(output), "--steps", "1"]) == 0
+    assert Image.open(output).size == (32, 16)
 
 
 def test_every_option_reaches_the_pipeline(model, picture, tmp_path, monkeypatch):
@@ -165,6 +181,9 @@ def test_doctor(capsys):
     [
         ([], "PROMPT, --image: got neither"),
         (["x", "-o", "clip.avi"], "ends in '.avi'"),
+        (["x", "-o", ".mp4"], "got '.mp4'; a name of its own needed"),
+        (["x", "-o", ".mp4", "--num-videos", "2"], "got '.mp4'; a name of its own needed"),
+        (["x", "-o", "pictures"], "pictures is a folder that holds other things"),
         (["x", "-o", "nowhere/clip.mp4"], "nowhere does not exist"),
         (["x", "--num-frames", "99"], "num_frames: got 99; at most 24"),
         (["x", "--height", "17"], "of which the nearest is 16x32"),
@@ -175,6 +194,7 @@ def test_doctor(capsys):
         (["x", "-o", "text.png/clip.mp4"], "text.png does not exist"),
         (["x", "--device", "cuda"], "--device: got 'cuda'; PyTorch finds no GPU here"),
         (["x", "--device", "phone"], "--device: got 'phone'; cuda or cpu needed"),
+        (["x", "--device", "cpu:one"], "Invalid device string: 'cpu:one'"),
         (["x", "--num-frames", "0"], "num_frames: got 0"),
         (["x", "--text-weight", "0"], "both are absent"),
         (["x", "--text-weight", "1,2"], "text_weight: got 2 weights, 3 needed"),
@@ -187,6 +207,7 @@ def test_doctor(capsys):
         (["x", "--image", "red.png", "--sweep", "0,1", "--image-weight", "1"], "--image-weight: got 1.0 with --sweep"),
         (["x", "--image", "red.png", "--sweep", "0,1", "--num-videos", "2"], "--num-videos: got 2 with --sweep"),
         (["x", "--model", "nowhere"], "model: got 'nowhere'"),
+        (["x", "--model", ""], "model: got ''"),
         (["x", "--fps", "0.00001", "-o", "q.gif"], "fps: got 1e-05; a number from 0.01 to 240 needed"),
         (["x", "--text-weight", "nan"], "text_weight: got nan; finite numbers needed"),
         (["x", "--text-weight", "0,inf,1"], "text_weight: got [0.0, inf, 1.0]; finite numbers needed"),
@@ -201,6 +222,8 @@ def test_bad_input(model, picture, tmp_path, capsys, monkeypatch, arguments, err
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     (tmp_path / "text.png").write_text("no picture")
     (tmp_path / "taken-1.mp4").mkdir()
+    (tmp_path / "pictures").mkdir()
+    (tmp_path / "pictures" / "holiday.png").write_text("keep me")
     before = sorted(tmp_path.iterdir())
     default = [] if "--model" in arguments else ["--model", model]
     assert main(["generate", *default, *arguments]) == 2
@@ -319,7 +342,8 @@ def test_a_package_that_is_missing(capsys, monkeypatch, command, package, extra)
 
 
 @pytest.mark.parametrize("command", [[], ["generate"], ["encode"], ["doctor"], ["bench"], ["info"], ["judge"]])
-def test_help(command, capsys):
+def test_help(command, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "200")  # so that nothing is broken in two
     with pytest.raises(SystemExit) as stop:
         main([*command, "--help"])
     assert stop.value.code == 0
@@ -328,6 +352,8 @@ def test_help(command, capsys):
     examples = printed.partition("example")[2].splitlines()[1:]
     assert examples
     assert all(line.startswith(" ".join(["  univid", *command])) for line in examples)
+    told = "--sweep=-0.5,1" in printed and "--text-weight=-0.5,1" in printed  # without "=" they are taken for options
+    assert told == (command == ["generate"])
 
 
 def test_threads_that_wait_sleep(monkeypatch):

@@ -59,6 +59,7 @@ def test_save_and_load(pipe, tmp_path):
         ('{"fps": "8"}', "fps: got '8', needs float"),
         ('{"steps": 2.5}', "steps: got 2.5, needs int"),
         ("{", "is not JSON"),
+        ("[" * 100_000, "is not JSON: maximum recursion depth exceeded"),
     ],
 )
 def test_bad_settings(pipe, tmp_path, choices, error):
@@ -77,13 +78,13 @@ def test_bad_settings(pipe, tmp_path, choices, error):
             "epsilon",
             "got 'epsilon', needs 'v_prediction', as its unet",
         ),
-        ("scheduler/scheduler_config", "beta_start", 3, "got 1000 betas from .* to .*, needs 1000 from 0 to 1"),
+        ("scheduler/scheduler_config", "beta_start", 3, "got 1000 betas, .* to .*; needs 1000, 0 to 1"),
         ("scheduler/scheduler_config", "trained_betas", [], "is not of a diffusers scheduler: index 0"),
         (
             "scheduler/scheduler_config",
             "trained_betas",
             [0.1, 0.2],
-            "got 2 betas from .* to .*, needs 1000 from 0 to 1",
+            "got 2 betas, .* to .*; needs 1000, 0 to 1",
         ),
         ("scheduler/scheduler_config", "num_train_timesteps", "x", "is not of a diffusers scheduler: linspace"),
         ("image_adapter/config", "image_tokens", "all", "image_tokens: got 'all', needs patch or global"),

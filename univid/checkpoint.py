@@ -23,7 +23,7 @@ def find(name: str | Path, argument: str = "model") -> Path:
     shipped = sorted(path.name for path in MODELS.glob("*/"))
     if str(name) in shipped:
         return MODELS / name
-    if Path(name).is_dir():
+    if name and Path(name).is_dir():  # "" is not the folder one stands in
         return Path(name)
     raise FileNotFoundError(
         f"{argument}: got {str(name)!r}; a checkpoint's folder or one of {', '.join(shipped)} needed"

@@ -50,17 +50,18 @@ def generate(options: argparse.Namespace) -> int:
 
     from univid.checkpoint import find
     from univid.data.files import check_writable, numbered
-    from univid.pipeline import UniVidPipeline
+    from univid.pipeline import SETTINGS, UniVidPipeline, _read_settings
 
     grid = _sweep(options)
     if not options.prompt and not options.image:
         raise ValueError("PROMPT, --image: got neither; at least one is needed")
-    output = Path(options.output)
+    model, output = find(options.model), Path(options.output)
+    num_frames = options.num_frames or _read_settings(model / SETTINGS).num_frames
     for name in numbered(output, options.num_videos):  # before the model is loaded, let alone sampled
-        check_writable(name, options.num_frames or 2)
+        check_writable(name, num_frames)
     device = _device(options.device)
     dtype = torch.float32 if device == "cpu" else torch.bfloat16
-    pipe = UniVidPipeline.from_pretrained(find(options.model), torch_dtype=dtype)
+    pipe = UniVidPipeline.from_pretrained(model, torch_dtype=dtype)
     pipe = (pipe.enable_low_memory() if options.low_memory else pipe).to(device)
     settings = {
         name: getattr(options, name)
@@ -153,11 +154,12 @@ def _device(given: str | None) -> str:
     import torch
 
     device = given or ("cuda" if torch.cuda.is_available() else "cpu")
-    if device.partition(":")[0] not in ("cpu", "cuda"):
+    kind = device.partition(":")[0]
+    if kind not in ("cpu", "cuda"):
         raise ValueError(f"--device: got {device!r}; cuda or cpu needed")
-    if device != "cpu" and not torch.cuda.is_available():
+    if kind != "cpu" and not torch.cuda.is_available():
         raise ValueError(f"--device: got {device!r}; PyTorch finds no GPU here")
-    return device
+    return device if kind == "cuda" else torch.device(device).type
 
 
 def _sweep(options: argparse.Namespace) -> list[tuple[float, float]]:
@@ -248,11 +250,17 @@ def _parser() -> argparse.ArgumentParser:
     )
     make.add_argument("--negative-prompt", default="", metavar="TEXT", help="what it should not show")
     make.add_argument(
-        "--text-weight", type=_weight, metavar="W", help="a number; 0,0.5,1 by frame; 1=0.5,8=2 by level (default: 1)"
+        "--text-weight",
+        type=_weight,
+        metavar="W",
+        help="a number; 0,0.5,1 by frame; 1=0.5,8=2 by level (default: 1); below 0 after =: --text-weight=-0.5,1",
     )
     make.add_argument("--image-weight", type=_weight, metavar="W", help="the same of the picture")
     make.add_argument(
-        "--sweep", metavar="W,W,…", help="a labelled grid over text weights (image weight 1 - W), or text:image pairs"
+        "--sweep",
+        metavar="W,W,…",
+        help="a labelled grid over text weights (image weight 1 - W), or text:image pairs;"
+        " below 0 after =: --sweep=-0.5,1",
     )
     make.add_argument("--seed", type=int, default=0, help="of the first video; the next has the next (default: 0)")
     make.add_argument("--num-videos", type=int, default=1, metavar="V", help="of several each has a number in its name")

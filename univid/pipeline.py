@@ -501,7 +501,7 @@ def _scheduler_config(folder: Path) -> dict[str, Any]:
     betas, steps = schedule.betas, schedule.config.num_train_timesteps
     if len(betas) != steps or not ((betas >= 0) & (betas <= 1)).all():
         raise ValueError(
-            f"scheduler: {path}: got {len(betas)} betas from {betas.min():g} to {betas.max():g}, needs {steps} from 0 to 1"
+            f"scheduler: {path}: got {len(betas)} betas, {betas.min():g} to {betas.max():g}; needs {steps}, 0 to 1"
         )
     return config
 

@@ -71,7 +71,7 @@ def read_json(path: Path) -> dict[str, Any]:
         raise FileNotFoundError(f"path: {path} does not exist")
     try:
         value = json.loads(path.read_text())
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"path: {path} is not JSON: {error}") from None
     if not isinstance(value, dict):
         raise ValueError(f"path: {path} holds a {type(value).__name__}, needs an object")
