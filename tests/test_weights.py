@@ -245,6 +245,8 @@ def test_wrong_keys(folder, change, error):
         ({"attention_head_dim": 8}, r"attention_head_dim: got \[8, 8, 8\] heads at \(32, 64, 64\) channels"),
         ({"class_embed_type": "timestep"}, "class_embed_type: got 'timestep', needs None"),
         ({"flip_sin_to_cos": False}, "flip_sin_to_cos: got False, needs True"),
+        ({"timestep_post_act": "silu"}, "timestep_post_act: got 'silu', needs None"),
+        ({"time_embedding_act_fn": "silu"}, "time_embedding_act_fn: got 'silu', needs None"),
         ({"down_block_types": ["DownBlock2D"] * 3}, "down_block_types, up_block_types"),
         ({"norm_num_groups": 24}, "norm_groups: got 24, needs a divisor of 32"),
     ],

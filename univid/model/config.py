@@ -208,8 +208,10 @@ _SD21 = {
     "num_class_embeds": None,
     "only_cross_attention": False,
     "resnet_time_scale_shift": "default",
+    "time_embedding_act_fn": None,
     "time_embedding_dim": None,
     "time_embedding_type": "positional",
+    "timestep_post_act": None,
     "transformer_layers_per_block": 1,
 }
 
