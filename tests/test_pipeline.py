@@ -241,10 +241,23 @@ def test_a_picture(pipe, tmp_path):
         ({"prompt": "x", "text_weight": {3: 1}}, "text_weight: got weights of level 3"),
         ({"prompt": "x", "text_weight": None}, "text_weight: got None; a number, or one for every frame, needed"),
         ({"prompt": "x", "image_weight": "all"}, "image_weight: got 'all'; a number, or one for every frame, needed"),
-        ({"prompt": "x", "image_weight": {1: torch.ones(())}}, r"image_weight: got tensor\(1\.\); a number, or"),
+        (
+            {"prompt": "x", "image_weight": {1: None}},
+            "image_weight: got None; a number, or one for every frame, needed",
+        ),
+        ({"prompt": "x", "text_weight": {"1": 1, 3: 1}}, "text_weight: got weights of level '1'; levels are"),
+        ({"prompt": "x", "seed": 1.5}, "seed: got 1.5; a whole number of 64 bits needed"),
+        ({"prompt": "x", "num_frames": True}, "num_frames: got True; a whole number >= 1 needed"),
+        ({"prompt": "x", "num_videos": 1.5}, "num_videos: got 1.5; a whole number >= 1 needed"),
+        ({"prompt": "x", "negative_prompt": ["y"]}, r"negative_prompt: got \['y'\]; a text needed"),
         ({"prompt": "x", "seed": 2**64}, "seed: got 18446744073709551616; a whole number of 64 bits needed"),
         ({"prompt": ["x", "y"], "image": [RED] * 3}, "image: got 3 images for 2 prompts"),
+        ({"image": []}, r"image: got \[\]; a picture, or a list of pictures, needed"),
         ({"image": RED.astype(float)}, "image: got float64"),
+        ({"image": RED[:0]}, r"image: got uint8 \(0, 30, 3\); at least one pixel needed"),
+        ({"image": Image.new("RGB", (0, 4))}, r"image: got uint8 \(4, 0, 3\); at least one pixel needed"),
+        ({"image": torch.full((3, 4, 4), 255.0)}, "image: got numbers from 255 to 255; from 0 to 1 needed"),
+        ({"image": torch.full((3, 4, 4), float("nan"))}, "image: got numbers from nan to nan; from 0 to 1 needed"),
         ({"image": "nowhere.png"}, "image: nowhere.png does not exist"),
     ],
 )
@@ -270,6 +283,21 @@ def test_steps_that_a_schedule_does_not_have(pipe, monkeypatch, spacing, offset,
             ValueError, match=rf"^steps: got {steps}; {re.escape(scheduler)} finds no .*{spacing} spacing"
         ):
             frames(pipe, "a cat", steps=steps, scheduler=scheduler)
+
+
+@pytest.mark.parametrize(
+    ("given", "plain"),
+    [
+        ({"seed": None, "negative_prompt": None}, {}),
+        ({"seed": None, "generator": torch.Generator().manual_seed(3)}, {"seed": 3}),
+        ({"seed": np.int64(3), "num_frames": np.int64(2)}, {"seed": 3, "num_frames": 2}),
+        ({"num_videos": torch.tensor(2), "fps": np.float32(8)}, {"num_videos": 2, "fps": 8}),
+        ({"text_weight": np.float32(0.5)}, {"text_weight": 0.5}),
+        ({"text_weight": {1: torch.tensor(0.5)}}, {"text_weight": {1: 0.5}}),
+    ],
+)
+def test_numbers_of_other_kinds_and_none(pipe, given, plain):
+    assert np.array_equal(frames(pipe, "a cat", **given), frames(pipe, "a cat", **plain))
 
 
 class Recomputed(Graphed):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -59,10 +59,15 @@ def by_level(name: str, weight: Weight, levels: Sequence[int], num_frames: int) 
             a sequence of them.
     """
     if isinstance(weight, Mapping):
-        if unknown := sorted(set(weight) - set(levels)):
+        if unknown := [level for level in weight if level not in levels]:
             raise ValueError(f"{name}: got weights of level {unknown[0]!r}; levels are {tuple(levels)}")
         return {level: _weight(name, weight.get(level, 1.0), num_frames) for level in levels}
     return dict.fromkeys(levels, _weight(name, weight, num_frames))
+
+
+def scalar(value: Any) -> Any:
+    """Python's number of one of NumPy's or PyTorch's; anything else as it is."""
+    return value.item() if getattr(value, "ndim", None) == 0 else value
 
 
 def absent(weights: Mapping[int, float | Tensor]) -> bool:
@@ -71,6 +76,7 @@ def absent(weights: Mapping[int, float | Tensor]) -> bool:
 
 
 def _weight(name: str, weight: float | Sequence[float], num_frames: int) -> float | Tensor:
+    weight = scalar(weight)
     if isinstance(weight, (int, float)):
         return float(weight)
     try:

@@ -28,7 +28,7 @@ from univid.data.clip import VOCABULARY, Clip, load_clip
 from univid.data.files import Frames, beside, check_fps, check_writable, numbered, read_image, write_frames
 from univid.data.tensors import read_json
 from univid.graphs import Graphed, Pace, graph_key
-from univid.guidance import Pass, Weight, absent, by_level, guide, passes
+from univid.guidance import Pass, Weight, absent, by_level, guide, passes, scalar
 from univid.model import ImageAdapter, UNet, load_sd21
 from univid.model.config import typed
 
@@ -213,7 +213,7 @@ class UniVidPipeline:
         self,
         prompt: str | Sequence[str] | None = None,
         image: Picture | Sequence[Picture] | None = None,
-        negative_prompt: str = "",
+        negative_prompt: str | None = "",
         num_frames: int | None = None,
         height: int | None = None,
         width: int | None = None,
@@ -225,7 +225,7 @@ class UniVidPipeline:
         guidance_rescale: float | None = None,
         text_weight: Weight = 1.0,
         image_weight: Weight = 1.0,
-        seed: int = 0,
+        seed: int | None = 0,
         generator: torch.Generator | None = None,
         num_videos: int = 1,
         callback: Callable[[int, int, Tensor], None] | None = None,
@@ -272,16 +272,19 @@ class UniVidPipeline:
         with_text, with_image = not absent(weights["text"]), not absent(weights["image"])
         if not with_text and not with_image:
             raise ValueError("prompt, image: both are absent or have weight 0; at least one is needed")
+        if not isinstance(negative_prompt, str | None):
+            raise TypeError(f"negative_prompt: got {negative_prompt!r}; a text needed")
         if negative_prompt and not with_text:
             warnings.warn(
                 "negative_prompt: without a prompt the text takes no part, and so it does nothing", stacklevel=3
             )
-        prompts, pictures, videos = _conditions(prompt, image, num_videos)
-        if not -(2**63) <= seed < 2**63 - videos:
-            raise ValueError(f"seed: got {seed}; a whole number of 64 bits needed")
+        prompts, pictures, videos = _conditions(prompt, image, scalar(num_videos))
+        seed = 0 if seed is None else scalar(seed)
+        if type(seed) is not int or not -(2**63) <= seed < 2**63 - videos:
+            raise ValueError(f"seed: got {seed!r}; a whole number of 64 bits needed")
         plan = passes(with_text, with_image, s.guidance_scale, s.image_guidance_scale)
         with self._clip_on_device():
-            text = self._text(prompts, negative_prompt, videos) if with_text else None
+            text = self._text(prompts, negative_prompt or "", videos) if with_text else None
             tokens = self._tokens(pictures, videos) if with_image else None
         times = sampler.timesteps.to(self.device, torch.float32)  # whichever the scheduler: one graph serves all
         latents = self._noise(videos, s, seed, generator).to(self.device) * sampler.init_noise_sigma
@@ -388,11 +391,11 @@ class UniVidPipeline:
 
     def _settings(self, **given: Any) -> Settings:
         """The call's own settings over the checkpoint's, checked."""
-        s = replace(self.settings, **{name: value for name, value in given.items() if value is not None})
+        s = replace(self.settings, **{name: scalar(value) for name, value in given.items() if value is not None})
         most = self.unet.config.max_frames
         for name in ("num_frames", "height", "width", "steps"):
             value = getattr(s, name)
-            if not isinstance(value, int) or value < 1:
+            if type(value) is not int or value < 1:
                 raise ValueError(f"{name}: got {value!r}; a whole number >= 1 needed")
         if s.num_frames > most:
             raise ValueError(f"num_frames: got {s.num_frames}; at most {most} needed, the model's max_frames")
@@ -452,10 +455,12 @@ def _conditions(
     if not all(isinstance(p, str) for p in prompts) or (prompt is not None and not prompts):
         raise TypeError(f"prompt: got {prompt!r}; a text, or a list of texts, needed")
     pictures: list[Any] = [] if image is None else list(image) if isinstance(image, (list, tuple)) else [image]
+    if image is not None and not pictures:
+        raise TypeError(f"image: got {image!r}; a picture, or a list of pictures, needed")
     if len(pictures) > 1 and len(prompts) > 1 and len(pictures) != len(prompts):
         raise ValueError(f"image: got {len(pictures)} images for {len(prompts)} prompts; one, or one for each needed")
-    if num_videos < 1:
-        raise ValueError(f"num_videos: got {num_videos}; at least 1 needed")
+    if type(num_videos) is not int or num_videos < 1:
+        raise ValueError(f"num_videos: got {num_videos!r}; a whole number >= 1 needed")
     return prompts, [_picture(p) for p in pictures], max(len(prompts), len(pictures)) * num_videos
 
 
@@ -473,11 +478,15 @@ def _picture(image: Picture) -> Tensor:
     """``(3, H, W)`` float32 in [0, 1]."""
     if isinstance(image, (str, Path, Image.Image)):
         image = read_image(image)
-    if isinstance(image, np.ndarray) and image.dtype == np.uint8 and image.ndim == 3 and image.shape[2] == 3:
-        return rearrange(torch.from_numpy(image.copy()), "h w c -> c h w") / 255
-    if isinstance(image, Tensor) and image.is_floating_point() and image.ndim == 3 and image.shape[0] == 3:
-        return image.float()
     got = f"{image.dtype} {tuple(image.shape)}" if isinstance(image, (np.ndarray, Tensor)) else type(image).__name__
+    if isinstance(image, np.ndarray) and image.dtype == np.uint8 and image.ndim == 3 and image.shape[2] == 3:
+        image = rearrange(torch.from_numpy(image.copy()), "h w c -> c h w") / 255
+    if isinstance(image, Tensor) and image.is_floating_point() and image.ndim == 3 and image.shape[0] == 3:
+        if not image.numel():
+            raise ValueError(f"image: got {got}; at least one pixel needed")
+        if not (image.min() >= 0 and image.max() <= 1):
+            raise ValueError(f"image: got numbers from {image.min():g} to {image.max():g}; from 0 to 1 needed")
+        return image.float()
     raise TypeError(
         f"image: got {got}; a file, a PIL image, uint8 (H, W, 3) or a float tensor (3, H, W) in [0, 1] needed"
     )
