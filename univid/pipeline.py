@@ -139,13 +139,9 @@ class UniVidPipeline:
     def _fitting(self, path: Path) -> UniVidPipeline:
         """Itself. Raises ValueError: parts of ``path`` that do not fit each other."""
         unet, vae, adapter = self.unet.config, self.vae.vae.config, self.adapter.to_config()
+        predicted = self.scheduler.get("prediction_type", "epsilon")  # diffusers' default
         for name, got, needed, whose in (
-            (
-                "scheduler: prediction_type",
-                self.scheduler.get("prediction_type", "epsilon"),
-                unet.prediction_type,
-                "unet",
-            ),
+            ("scheduler: prediction_type", predicted, unet.prediction_type, "unet"),
             ("vae: latent_channels", vae.latent_channels, unet.in_channels, "unet"),
             ("clip: text_cfg.width", self.clip.text_dim, unet.context_dim, "unet"),
             ("image_adapter: context_dim", adapter["context_dim"], unet.context_dim, "unet"),
