@@ -124,11 +124,11 @@ class Parts:
 
     @cached_property
     def settings(self) -> Settings:
-        from univid.pipeline import SETTINGS, Settings, _read_settings
+        from univid.pipeline import SETTINGS, Settings, read_settings
 
         if self.folder is None:
             return self._untrained.settings
-        return Settings() if self.model.sd21 else _read_settings(self.folder / SETTINGS)
+        return Settings() if self.model.sd21 else read_settings(self.folder / SETTINGS)
 
     @cached_property
     def vae(self) -> Autoencoder:

@@ -50,13 +50,13 @@ def generate(options: argparse.Namespace) -> int:
 
     from univid.checkpoint import find
     from univid.data.files import check_writable, numbered
-    from univid.pipeline import SETTINGS, UniVidPipeline, _read_settings
+    from univid.pipeline import SETTINGS, UniVidPipeline, read_settings
 
     grid = _sweep(options)
     if not options.prompt and not options.image:
         raise ValueError("PROMPT, --image: got neither; at least one is needed")
     model, output = find(options.model), Path(options.output)
-    num_frames = options.num_frames or _read_settings(model / SETTINGS).num_frames
+    num_frames = options.num_frames or read_settings(model / SETTINGS).num_frames
     for name in numbered(output, options.num_videos):  # before the model is loaded, let alone sampled
         check_writable(name, num_frames)
     device = _device(options.device)

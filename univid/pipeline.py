@@ -112,7 +112,7 @@ class UniVidPipeline:
             load_autoencoder(path / "vae", torch_dtype),
             load_clip(path / "clip", torch_dtype),
             _scheduler_config(path / "scheduler"),
-            _read_settings(path / SETTINGS),
+            read_settings(path / SETTINGS),
         )._fitting(path)
 
     @classmethod
@@ -520,7 +520,8 @@ def _chosen(config: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _read_settings(path: Path) -> Settings:
+def read_settings(path: Path) -> Settings:
+    """Of the file that :meth:`UniVidPipeline.save_pretrained` wrote; the defaults where there is none."""
     choices = read_json(path) if path.is_file() else {}
     if unknown := sorted(choices.keys() - {field.name for field in fields(Settings)}):
         raise ValueError(f"{path}: unknown key {unknown[0]!r}")
