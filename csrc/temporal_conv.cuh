@@ -18,16 +18,16 @@
 // into parts of rows.
 //
 // Results: a warp takes 16 x 32 at a time, adds bias and residual in float32, and sends it through 1 KB of shared
-// memory, of which it has two. The residual is read in units of 16 bytes, which quads of lanes exchange for what the accumulators
-// hold.
+// memory, of which it has two. The residual is read in units of 16 bytes, which quads of lanes exchange for what the
+// accumulators hold.
 //
 // At 256 x 160: registers of a lane: 160 accumulators of 232; the feeding warpgroup has 40. Shared memory: 52 KB a
 // stage, 4 stages, 16 KB of results: 225 KB of 227. A step's products take 1280 cycles, its shared memory 1312: 56 KB
 // read by each warpgroup and 52 KB written.
 //
-// Measured 2026-11-29 (H200, B = 2, a product of 794 TFLOP/s): 646 / 739 / 778 / 639 TFLOP/s at f1, f2, f4, f8, of which a cuBLAS
-// product of the same size has 674 / 733 / 749 / 769; with bias and residual 546 / 690 / 721 / 625.
-// The weight's gradient: 487 / 703 / 752 / 619, the product 685 / 742 / 758 / 777.
+// Measured 2026-11-29 (H200, B = 2, a product of 794 TFLOP/s): 646 / 739 / 778 / 639 TFLOP/s at f1, f2, f4, f8, of
+// which a cuBLAS product of the same size has 674 / 733 / 749 / 769; with bias and residual 546 / 690 / 721 / 625. The
+// weight's gradient: 487 / 703 / 752 / 619, the product 685 / 742 / 758 / 777.
 #pragma once
 
 #include "hopper/tma.cuh"
