@@ -7,6 +7,7 @@ import io
 import json
 import logging
 import os
+import socket
 import tarfile
 import threading
 from fractions import Fraction
@@ -97,6 +98,13 @@ def test_shards(shards, pattern):
         assert abs(first - round(first)) < 0.3 and -0.3 < first < 5.3
         np.testing.assert_allclose(greys(sample) - greys(sample)[0], [0, 5, 10], atol=2)
     assert np.array_equal(data[2].frames, data[2].frames)
+
+
+@pytest.mark.parametrize("pattern", ["*", "00*"])
+def test_a_pattern_means_shards_alone(shards, pattern):
+    """And not their indices, which the first time leaves beside them."""
+    for _ in range(2):
+        assert len(opened(shards / pattern)) == 6
 
 
 def test_index_is_kept_and_made_anew(shards, tmp_path, mp4):
@@ -388,3 +396,42 @@ def test_urls(shards, tmp_path):
     with served(shards, cut=2000) as (url, _), pytest.raises(OSError, match=r"it ended after 2000 of \d+ bytes"):
         open_dataset(config("", paths=(f"{url}/000.tar",), cache=str(cache)))
     assert {p.suffix for p in set(cache.iterdir()) - set(before)} <= {".lock"}
+
+
+def test_signed_urls(shards, tmp_path):
+    """Their queries are longer than a file's name may be."""
+    with served(shards) as (url, _):
+        paths = (f"{url}/000.tar?signature={'x' * 300}",)
+        assert len(open_dataset(config("", paths=paths, cache=str(tmp_path / "cache")))) == 3
+        (shards / "list.csv").write_text(f"path,caption\n{shards}/a.mp4,x\n")
+        paths = (f"{url}/list.csv?signature=a/b",)
+        assert len(open_dataset(config("", paths=paths, cache=str(tmp_path / "cache")))) == 1
+
+
+@pytest.mark.parametrize(
+    ("name", "answer", "error"),
+    [
+        ("a b.tar", b"", "control characters"),
+        ("a.tar", b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n10\r\nabc", "IncompleteRead"),
+        ("a.tar", b"garbage\r\n\r\n", "garbage"),
+        ("a.tar", b"HTTP/1.1 200 OK\r\n\r\n<html>Please sign in</html>", "the answer is not a tar file"),
+        ("a.tar", b"HTTP/1.1 200 OK\r\n\r\n{}", "the answer is not a tar file"),
+        ("a.csv", b"HTTP/1.1 200 OK\r\n\r\n\n<!DOCTYPE html>", "the answer is a web page"),
+    ],
+)
+def test_urls_that_answer_with_something_else(tmp_path, name, answer, error):
+    """Named in one line, and nothing is kept of it."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+
+        def reply():
+            connection, _ = server.accept()
+            with connection:
+                connection.recv(2**16)
+                connection.sendall(answer)
+
+        threading.Thread(target=reply, daemon=True).start()
+        url = f"http://127.0.0.1:{server.getsockname()[1]}/{name}"
+        with pytest.raises(OSError, match=f"^data: {url} could not be copied to .*: .*{error}") as raised:
+            open_dataset(config("", paths=(url,), cache=str(tmp_path / "cache")))
+    assert len(str(raised.value).splitlines()) == 1
+    assert {path.suffix for path in (tmp_path / "cache").iterdir()} == {".lock"}

@@ -5,11 +5,13 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import glob
+import http.client
 import importlib
 import itertools
 import os
 import re
 import shutil
+import tarfile
 import tempfile
 import urllib.error
 import urllib.request
@@ -21,6 +23,7 @@ from typing import IO
 
 from univid.data.folder import TABLES
 
+_ENDINGS = (".tar", *TABLES)
 _BRACES = re.compile(r"\{([^{}]*)\}")
 
 
@@ -67,17 +70,19 @@ def _local(path: str) -> list[Path]:
         shards = [child for child in children if child.suffix == ".tar"]
         return shards or [child for child in children if child.suffix in TABLES]
     if glob.has_magic(path):
-        return [Path(match) for match in sorted(glob.glob(path, recursive=True))]
+        matches = map(Path, sorted(glob.glob(path, recursive=True)))
+        return [match for match in matches if match.suffix in _ENDINGS]  # indices lie beside their shards
     if not os.path.isfile(path):
         raise FileNotFoundError(f"data: {path} does not exist")
-    if Path(path).suffix not in (".tar", *TABLES):
+    if Path(path).suffix not in _ENDINGS:
         raise ValueError(f"data: got {path}; tar shards (.tar), a .csv or .jsonl table, or a folder of them needed")
     return [Path(path)]
 
 
 def fetch(url: str, cache: Path) -> Path:
-    """The local copy of a URL, made if it is not there: streamed under another name, checked against its length, renamed."""
-    target = cache / f"{sha256(url.encode()).hexdigest()[:16]}-{url.rpartition('/')[2]}"
+    """The local copy of a URL, made if it is not there: streamed under another name, checked, renamed."""
+    name = url.partition("?")[0].rpartition("/")[2][-100:]  # a file's may have 255 bytes
+    target = cache / f"{sha256(url.encode()).hexdigest()[:16]}-{name}"
     if target.is_file():
         return target
     cache.mkdir(parents=True, exist_ok=True)
@@ -91,12 +96,23 @@ def fetch(url: str, cache: Path) -> Path:
                 got = file.tell()
             if length is not None and got != length:
                 raise OSError(f"it ended after {got} of {length} bytes")
+            _check(Path(partial), target.suffix)
             os.replace(partial, target)
-        except (OSError, ValueError) as error:
-            raise OSError(f"data: {url} could not be copied to {cache}: {error}") from None
+        except (OSError, ValueError, http.client.HTTPException) as error:
+            raise OSError(f"data: {url} could not be copied to {cache}: {' '.join(str(error).split())}") from None
         finally:
             Path(partial).unlink(missing_ok=True)
     return target
+
+
+def _check(path: Path, ending: str) -> None:
+    """Refuse what a server says in place of a file, as of a sign-in, which would be kept for good."""
+    if ending in TABLES:
+        with path.open("rb") as file:
+            if file.read(64).lstrip().startswith(b"<"):
+                raise OSError("the answer is a web page")
+    elif not tarfile.is_tarfile(path):
+        raise OSError("the answer is not a tar file")
 
 
 @contextlib.contextmanager
