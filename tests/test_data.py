@@ -298,7 +298,7 @@ def test_captions(tmp_path, mp4, caplog):
     assert (len(data), data[0].caption) == (1, "from JSON")
     assert f"left out 1 of 2 clips without a caption; one is {tmp_path}/0.tar/a" in caplog.text
     shard(tmp_path / "0.tar", {"a.mp4": mp4(0)})
-    with pytest.raises(ValueError, match=r"captions are missing: .*/a has neither key\.txt nor"):
+    with pytest.raises(ValueError, match=r"captions are missing: .*/a has neither a text in key\.txt nor"):
         opened(tmp_path)
     (tmp_path / "list.csv").write_text("path,caption\na.mp4,\n")
     with pytest.raises(ValueError, match=r"captions are missing: none of 1 rows of .*list\.csv"):
@@ -314,6 +314,50 @@ def test_captions(tmp_path, mp4, caplog):
         ("*.tar", "no shards match '.*tar'"),
         ("", "no shards match"),
         ("nowhere.tar", "nowhere.tar does not exist"),
+@pytest.mark.parametrize(
+    "files",
+    [{"b.txt": ""}, {"b.txt": " \n"}, {"b.json": {"caption": " "}}, {"b.json": {"caption": ["a", "b"]}}],
+    ids=str,
+)
+def test_captions_that_are_none(tmp_path, mp4, files):
+    bare = {"b.mp4": mp4(0), **files}
+    shard(tmp_path / "0.tar", bare | {"a.mp4": mp4(0), "a.txt": "", "a.json": {"caption": "from JSON"}})
+    assert [sample.caption for sample in map(opened(tmp_path).__getitem__, range(1))] == ["from JSON"]
+    assert len(opened(tmp_path)) == 1
+    shard(tmp_path / "0.tar", bare)
+    with pytest.raises(ValueError, match=r"captions are missing: .*/b has neither a text in key\.txt nor one as"):
+        opened(tmp_path)
+    if "b.json" in files:
+        (tmp_path / "list.jsonl").write_text(json.dumps({"path": "b.mp4", **files["b.json"]}))
+        with pytest.raises(ValueError, match=r"captions are missing: none of 1 rows of .*list\.jsonl"):
+            opened(tmp_path / "list.jsonl")
+
+
+@pytest.mark.parametrize("caption", ["a\u2028b", "a\x85b", "a\u2029b"], ids=ascii)
+@pytest.mark.parametrize("mark", ["", "\ufeff"], ids=["", "BOM"])
+def test_lines_of_jsonl_end_where_json_lets_them(tmp_path, mp4, caption, mark):
+    (tmp_path / "a.mp4").write_bytes(mp4(0))
+    row = json.dumps({"path": "a.mp4", "caption": caption}, ensure_ascii=False)
+    for end in ("\n", "\r\n"):
+        (tmp_path / "list.jsonl").write_bytes(f"{mark}{row}{end}{row}{end}".encode())
+        assert [opened(tmp_path)[i].caption for i in range(2)] == [caption] * 2
+
+
+def test_numbers_that_are_too_large(tmp_path, mp4):
+    """No float holds 400 digits: such a field is no score. Python reads no 5,000 of them."""
+    files = {"a.mp4": mp4(0), "a.json": f'{{"caption": "x", "id": {10**400}, "score": 1}}'}
+    shard(tmp_path / "0.tar", files)
+    (tmp_path / "list.jsonl").write_text(f'{{"path": "a.mp4", {files["a.json"][1:]}')
+    for name in ("0.tar", "list.jsonl"):
+        assert opened(tmp_path / name).numbers(0) == {"score": 1}
+    digits = "1" * 5000
+    shard(tmp_path / "0.tar", files | {"a.json": f'{{"id": {digits}}}'})
+    (tmp_path / "list.jsonl").write_text(f'{{"path": "a.mp4", "caption": "x", "id": {digits}}}')
+    for name, place in (("0.tar", r"0\.tar: a\.json"), ("list.jsonl", r"list\.jsonl: line 1")):
+        with pytest.raises(ValueError, match=f"{place} is not a JSON object: Exceeds"):
+            opened(tmp_path / name)
+
+
         ("notes.txt", "notes.txt; tar shards"),
         ("empty/0.tar", "0.tar is an empty shard"),
         ("empty/1.tar", "1.tar is not a whole tar file"),

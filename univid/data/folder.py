@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import csv
-import json
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from univid.data.decode import PICTURES
-from univid.data.shards import Listing, numbers_of
+from univid.data.shards import Listing, caption_of, json_object, numbers_of
 
 TABLES = (".csv", ".jsonl")
 
@@ -31,7 +30,7 @@ class Folder:
             if not any(column in row for row in rows):
                 raise ValueError(f"data: {table} has no column {column!r}; path and caption needed")
         self.paths = np.array([str(row.get("path") or "") for row in rows])
-        self.captions = np.array([str(row.get("caption") or "").strip() for row in rows])
+        self.captions = np.array([caption_of(row) for row in rows])
         numbers = [numbers_of(row) for row in rows]
         names = sorted({name for row in numbers for name in row})
         self.listing = Listing(
@@ -56,12 +55,11 @@ def _rows(table: Path) -> list[dict[str, Any]]:
         if table.suffix == ".csv":
             with table.open(newline="", encoding="utf-8-sig") as file:
                 return [{name: _value(name, text) for name, text in row.items()} for row in csv.DictReader(file)]
-        rows = [json.loads(line) for line in table.read_text().splitlines() if line.strip()]
-    except (UnicodeDecodeError, csv.Error, json.JSONDecodeError) as error:
+        with table.open(encoding="utf-8-sig") as file:  # whose lines end at \n alone: a caption may hold U+2028
+            lines = list(file)
+    except (UnicodeDecodeError, csv.Error) as error:
         raise ValueError(f"data: {table} is not {table.suffix[1:].upper()}: {error}") from None
-    if not all(isinstance(row, dict) for row in rows):
-        raise ValueError(f"data: {table} needs an object on every line")
-    return rows
+    return [json_object(line, f"{table}: line {number}") for number, line in enumerate(lines, 1) if line.strip()]
 
 
 def _value(name: str, text: Any) -> Any:

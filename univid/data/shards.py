@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 import tarfile
 import tempfile
 import zipfile
@@ -24,7 +25,7 @@ from univid.data.decode import PICTURES, VIDEOS
 
 HEADER = "univid.json"  # of a shard that `univid encode` wrote: what it is a cache of
 _FILES = ("media", "txt", "json")
-_VERSION = 1
+_VERSION = 2
 
 
 @dataclass(frozen=True)
@@ -65,7 +66,7 @@ class Shards:
     def caption(self, index: int) -> str:
         if self.spans[index, _FILES.index("txt"), 1] >= 0:
             return self._read(index, "txt").decode().strip()
-        return str(self.json(index)["caption"]).strip()
+        return caption_of(self.json(index))
 
     def json(self, index: int) -> dict[str, Any]:
         return json.loads(self._read(index, "json"))
@@ -134,16 +135,15 @@ def _scan(path: Path) -> dict[str, NDArray[Any]]:
                 sample = samples.setdefault(os.path.join(folder, stem), {"numbers": {}})
                 if ending in PICTURES | VIDEOS | {"safetensors"}:
                     sample["media"], sample["picture"] = (member.offset_data, member.size), ending in PICTURES
-                elif ending in ("txt", "json"):
-                    sample[ending] = member.offset_data, member.size
-                if ending == "json":
-                    values = json.loads(_contents(tar, member))
+                elif ending == "txt" and _contents(tar, member).decode(errors="replace").strip():
+                    sample["txt"] = member.offset_data, member.size  # without a text it is as if it were not there
+                elif ending == "json":
+                    sample["json"] = member.offset_data, member.size
+                    values = json_object(_contents(tar, member), f"{path}: {member.name}")
                     sample["numbers"] = numbers_of(values)
-                    sample["captioned"] = bool(values.get("caption"))
+                    sample["captioned"] = caption_of(values) != ""
     except tarfile.TarError as error:
         raise ValueError(f"data: {path} is not a whole tar file: {error}") from None
-    except (json.JSONDecodeError, UnicodeDecodeError, AttributeError):
-        raise ValueError(f"data: {path}: {member.name} is not a JSON object") from None
     samples = {key: sample for key, sample in samples.items() if "media" in sample}
     if not samples and not header:
         raise ValueError(f"data: {path} is an empty shard: it holds no video (key.mp4) and no picture (key.jpg)")
@@ -161,12 +161,29 @@ def _scan(path: Path) -> dict[str, NDArray[Any]]:
     }
 
 
+def json_object(text: str | bytes, name: str) -> dict[str, Any]:
+    """Raises ValueError, which names it."""
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError) as error:  # no JSON, or numbers and brackets beyond what Python reads
+        raise ValueError(f"data: {name} is not a JSON object: {error}") from None
+    if not isinstance(value, dict):
+        raise ValueError(f"data: {name} is not a JSON object: it is a {type(value).__name__}")
+    return value
+
+
+def caption_of(values: dict[str, Any]) -> str:
+    """The caption of a JSON object or a table's row, "" where there is none: it is a text, though one may be written 1984."""
+    caption = values.get("caption")
+    return str(caption).strip() if isinstance(caption, (str, int, float)) else ""
+
+
 def numbers_of(values: dict[str, Any]) -> dict[str, float]:
-    """The fields that are numbers."""
+    """The fields that are numbers, of those that a float holds."""
     return {
         name: float(value)
         for name, value in values.items()
-        if isinstance(value, (int, float)) and not isinstance(value, bool)
+        if isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
     }
 
 
