@@ -291,6 +291,12 @@ def test_broken_clips_are_skipped(tmp_path, mp4, caplog):
             loader.next()
 
 
+def test_a_video_cut_inside_its_header_is_called_cut(tmp_path, mp4):
+    shard(tmp_path / "0.tar", {"a.mp4": mp4(0)[:400], "a.txt": "x"})
+    with pytest.raises(ValueError, match=r"0\.tar/a: is not a video that can be read: it is cut off in its header$"):
+        opened(tmp_path)[0]
+
+
 def test_captions(tmp_path, mp4, caplog):
     shard(tmp_path / "0.tar", {"a.mp4": mp4(0), "b.mp4": mp4(0), "b.json": {"caption": "from JSON"}})
     with caplog.at_level(logging.WARNING, "univid.data"):
@@ -308,12 +314,6 @@ def test_captions(tmp_path, mp4, caplog):
         opened(tmp_path / "list.csv")
 
 
-@pytest.mark.parametrize(
-    ("path", "error"),
-    [
-        ("*.tar", "no shards match '.*tar'"),
-        ("", "no shards match"),
-        ("nowhere.tar", "nowhere.tar does not exist"),
 @pytest.mark.parametrize(
     "files",
     [{"b.txt": ""}, {"b.txt": " \n"}, {"b.json": {"caption": " "}}, {"b.json": {"caption": ["a", "b"]}}],
@@ -358,6 +358,12 @@ def test_numbers_that_are_too_large(tmp_path, mp4):
             opened(tmp_path / name)
 
 
+@pytest.mark.parametrize(
+    ("path", "error"),
+    [
+        ("*.tar", "no shards match '.*tar'"),
+        ("", "no shards match"),
+        ("nowhere.tar", "nowhere.tar does not exist"),
         ("notes.txt", "notes.txt; tar shards"),
         ("empty/0.tar", "0.tar is an empty shard"),
         ("empty/1.tar", "1.tar is not a whole tar file"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import io
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -95,6 +96,8 @@ def _open(media: Media) -> Iterator[tuple[av.container.InputContainer, av.VideoS
             yield container, stream
     except (av.error.FFmpegError, IndexError, StopIteration) as error:
         reason = getattr(error, "strerror", None) or "no video stream"
+        if isinstance(error, av.error.PermissionError) and error.errno == errno.EPERM:  # FFmpeg's word for it
+            reason = "it is cut off in its header"
         raise ValueError(f"is not a video that can be read: {reason}") from None
 
 
