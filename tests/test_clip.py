@@ -87,17 +87,17 @@ def test_what_only_compares_texts_with_pictures_is_not_kept(clip, tmp_path):
     clip.save(tmp_path)
     kept, every = load_file(tmp_path / WEIGHTS), clip.model.state_dict()
     assert every.keys() - kept.keys() == unread
-    small, mark = load_clip(tmp_path), _hash(tmp_path, "")
+    small, mark = load_clip(tmp_path), _hash(tmp_path / WEIGHTS, "")
     save_file({name: x.contiguous() for name, x in every.items()}, tmp_path / WEIGHTS)
     whole, pixels = load_clip(tmp_path), torch.rand(2, 3, 28, 28)
     for one in (small, whole):
         assert not unread & one.model.state_dict().keys()
         assert torch.equal(one.text(["a cat"]), clip.text(["a cat"]))
         assert torch.equal(one.image(pixels), clip.image(pixels))
-    assert _hash(tmp_path, "") == mark
+    assert _hash(tmp_path / WEIGHTS, "") == mark
     for name in ("ln_final.weight", "positional_embedding", "visual.class_embedding"):
         save_file({other: x for other, x in kept.items() if other != name}, tmp_path / WEIGHTS)
-        assert _hash(tmp_path, "") != mark
+        assert _hash(tmp_path / WEIGHTS, "") != mark
         with pytest.raises(ValueError, match=rf"misses {name}$"):
             load_clip(tmp_path)
 

@@ -7,13 +7,17 @@ import tarfile
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from tests.small_pipeline import make
 from tests.test_data import mp4, picture, shard, shards  # noqa: F401 - fixtures
 from univid.cli import main
+from univid.data.autoencoder import load_autoencoder
 from univid.data.cache import fingerprint
+from univid.data.clip import WEIGHTS
 from univid.data.dataset import DataConfig, open_dataset
 from univid.data.loader import Loader
+from univid.data.tensors import find_weights
 
 SIZE = ((16, 32),)
 
@@ -132,6 +136,42 @@ def test_another_model(shards, pipe, model, tmp_path):  # noqa: F811
     assert fingerprint(tmp_path / "vae" / "vae", model / "clip") == ours
     config.write_text(json.dumps(json.loads(config.read_text()) | {"scaling_factor": 0.5}))
     assert fingerprint(tmp_path / "vae" / "vae", model / "clip")["vae"] != ours["vae"]
+
+
+def test_a_fingerprint_is_of_what_is_loaded(pipe, tmp_path):
+    """Whatever precision holds it, under whatever names, and whatever lies beside."""
+    vae, clip = tmp_path / "vae", tmp_path / "clip"
+    make().vae.half().save(vae)
+    pipe.clip.save(clip)
+    ours = fingerprint(vae, clip)
+    path = find_weights(vae)
+    halves = load_file(path)
+    assert {x.dtype for x in halves.values()} == {torch.float16}
+    load_autoencoder(vae).save(vae)  # in float32, as by an export
+    wide = load_file(path)
+    assert {x.dtype for x in wide.values()} == {torch.float32}
+    assert fingerprint(vae, clip) == ours
+    older = {}  # Stable Diffusion 2.1's own names
+    for name, x in wide.items():
+        for today, once in (("to_q", "query"), ("to_k", "key"), ("to_v", "value"), ("to_out.0", "proj_attn")):
+            if f"attentions.0.{today}." in name:
+                name, x = name.replace(today, once), x[..., None, None] if x.ndim == 2 else x
+        older[name] = x
+    assert older.keys() != wide.keys()
+    save_file(older, path)
+    save_file(halves, path.with_name(path.name.replace(".safetensors", ".fp16.safetensors")))  # which is not read
+    config = json.loads((vae / "config.json").read_text())
+    del config["scaling_factor"]  # it is diffusers' default
+    (vae / "config.json").write_text(json.dumps(config))
+    masked = load_file(clip / WEIGHTS) | {"attn_mask": torch.zeros(3)}
+    save_file(masked, clip / WEIGHTS)
+    save_file({"x": torch.zeros(1)}, clip / "model.safetensors")
+    assert fingerprint(vae, clip) == ours
+    for again, x in zip(load_autoencoder(vae).parameters(), pipe.vae.parameters(), strict=True):
+        assert torch.equal(again, x.half().float())
+    next(iter(older.values())).add_(1e-3)
+    save_file(older, path)
+    assert fingerprint(vae, clip)["vae"] != ours["vae"]
 
 
 def test_bad_caches(shards, model, tmp_path):  # noqa: F811

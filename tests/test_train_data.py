@@ -1,6 +1,7 @@
 """Streams of files in the trainer: sizes, broken clips, and caches that it can or cannot know."""
 
 import json
+import shutil
 import subprocess
 from contextlib import nullcontext
 from types import SimpleNamespace
@@ -107,23 +108,28 @@ def test_two_ranks_have_each_clip_that_passes_once_in_an_epoch(start, shards, tm
 
 
 def test_a_cache_is_of_a_model(start, shards, tmp_path):  # noqa: F811
-    """Random weights learn from one with the frozen parts that made it; others, and none at all, are refused."""
-    latents, other = tmp_path / "latents", make()
+    """Random weights learn from one with the frozen parts that made it, or as a run exports them; others, and none at all, are
+    refused."""
+    latents, half, other = tmp_path / "latents", tmp_path / "half", make()
+    shutil.copytree(start, half)
+    make().vae.half().save(half / "vae")
     shown = ["--device", "cpu", "--workers", "0", "--size", "32x48", "--num-frames", "3", "--fps", "8"]
-    assert univid(["encode", str(shards), "-o", str(latents), "--model", str(start), *shown]) == 0
+    assert univid(["encode", str(shards), "-o", str(latents), "--model", str(half), *shown]) == 0
     with torch.no_grad():
         next(other.vae.parameters()).add_(1e-3)
     other.save_pretrained(tmp_path / "other")
     with processes(device="cpu") as joined:
         for frozen, error in (
-            (start, None),
+            (half, None),
+            (tmp_path / "out", None),
             (tmp_path / "other", "made with another VAE or text encoder"),
             (
                 "",
                 r"^streams\.video\.source: .*latents is a cache, needs the folder of the VAE and CLIP that made it: model\.frozen$",
             ),
         ):
-            config = configure(tmp_path / "run", f"model.frozen={frozen}", "steps=1", *stream(latents))
+            shown = [f"model.frozen={frozen}", f"export={tmp_path / 'out'}", "steps=1", *stream(latents)]
+            config = configure(tmp_path / "run", *shown)
             if error is None:
                 Trainer(config, joined).run()
                 continue

@@ -10,9 +10,7 @@ import torch
 from diffusers import AutoencoderKL
 from torch import Tensor, nn
 
-from univid.data.tensors import check_keys, find_weights, read_json, read_safetensors
-
-_OLDER = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
+from univid.data.tensors import check_keys, find_weights, of_today, read_json, read_safetensors
 
 
 class Autoencoder(nn.Module):
@@ -96,16 +94,7 @@ def load_autoencoder(folder: str | Path, dtype: torch.dtype = torch.float32) -> 
         raise ValueError(f"vae: {folder / 'config.json'} is not of diffusers' AutoencoderKL: {error}") from None
     weights = find_weights(folder)
     state = vae.state_dict()
-    tensors = {_today(key): x for key, x in read_safetensors(weights).items()}
-    for key, x in tensors.items():  # once 1x1 convolutions
-        if key in state and x.ndim == 4 > state[key].ndim:
-            tensors[key] = x.flatten(1)
+    tensors = dict(of_today(key, x) for key, x in read_safetensors(weights).items())
     check_keys(weights, {key: x.shape for key, x in state.items()}, tensors)
     vae.load_state_dict(tensors)
     return Autoencoder(vae).to(dtype)  # not vae.to, which warns of modules that it does not have
-
-
-def _today(key: str) -> str:
-    """Stable Diffusion 2.1's own file has older names for its attention."""
-    parts = key.split(".")
-    return ".".join(_OLDER.get(part, part) for part in parts) if "attentions" in parts else key

@@ -13,7 +13,7 @@ from safetensors.torch import load
 
 from univid.data.batch import Sample
 from univid.data.shards import Shards
-from univid.data.tensors import UNREAD, check_safetensors, clip_source, read_json
+from univid.data.tensors import UNREAD, check_safetensors, clip_source, find_weights, of_today, read_json
 
 _NAMES = {"vae": "VAE", "clip": "text encoder"}
 
@@ -21,27 +21,30 @@ _NAMES = {"vae": "VAE", "clip": "text encoder"}
 def fingerprint(vae: str | Path, clip: str | Path) -> dict[str, str]:
     """Of the frozen encoders, from the tensors in their safetensors files: how a cache knows its model again.
 
+    It is of the values as they are loaded, by whatever names and in whatever precision they are kept.
+
     Args:
         vae: diffusers' folder; its scaling factor counts too, as latents are kept scaled. clip: what
             :func:`univid.data.clip.load_clip` takes.
     """
-    scaling = read_json(Path(vae) / "config.json").get("scaling_factor")
-    _, weights = clip_source(clip)
-    return {"vae": _hash(Path(vae), f"{scaling}"), "clip": _hash(weights, "")}
+    from univid.data.clip import _weights  # open_clip takes seconds to import
+
+    scaling = read_json(Path(vae) / "config.json").get("scaling_factor", 0.18215)  # as diffusers defaults to
+    weights = _weights(clip_source(clip)[1])
+    return {"vae": _hash(find_weights(Path(vae)), f"{scaling}"), "clip": _hash(weights, "")}
 
 
 def _hash(path: Path, more: str) -> str:
     digest = hashlib.sha256(more.encode())
-    files = sorted(path.glob("*.safetensors")) if path.is_dir() else [path]
-    if not files:
-        raise FileNotFoundError(f"model: {path} has no weights as safetensors")
-    for each in files:
-        check_safetensors(each)
-        with safe_open(each, "pt") as file:
-            for name in sorted(set(file.keys()) - UNREAD):
-                x = file.get_tensor(name).contiguous()
-                digest.update(f"{name} {x.dtype} {tuple(x.shape)}".encode())
-                digest.update(x.reshape(-1).view(torch.uint8).numpy())
+    check_safetensors(path)
+    with safe_open(path, "pt") as file:
+        names = {of_today(name, torch.empty(0))[0]: name for name in set(file.keys()) - UNREAD}
+        for name in sorted(names):
+            x = of_today(name, file.get_tensor(names[name]))[1].float()
+            half = x.half()
+            x = half if torch.equal(half.float(), x) else x  # the same bytes, whichever of the two holds them on disk
+            digest.update(f"{name} {x.dtype} {tuple(x.shape)}".encode())
+            digest.update(x.contiguous().reshape(-1).view(torch.uint8).numpy())
     return digest.hexdigest()[:16]
 
 

@@ -12,8 +12,20 @@ from safetensors.torch import load_file
 from torch import Size, Tensor
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"  # diffusers' name
-# Of a CLIP: what compares texts with pictures. Tokens need none of it, so it is neither kept nor part of a fingerprint.
-UNREAD = frozenset({"visual.proj", "text_projection", "text.text_projection", "logit_scale", "logit_bias"})
+# Of a CLIP: what compares texts with pictures, and a mask that open_clip used to save. Tokens need none of it, so it is
+# neither kept nor part of a fingerprint.
+UNREAD = frozenset(
+    {
+        "visual.proj",
+        "text_projection",
+        "text.text_projection",
+        "logit_scale",
+        "logit_bias",
+        "attn_mask",
+        "text.attn_mask",
+    }
+)
+_OLDER = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
 
 
 def clip_source(source: str | Path) -> tuple[str, Path]:
@@ -34,6 +46,15 @@ def read_safetensors(path: Path) -> dict[str, Tensor]:
     """Raises FileNotFoundError, or ValueError where the file is truncated or no safetensors file."""
     check_safetensors(path)
     return load_file(path)
+
+
+def of_today(name: str, x: Tensor) -> tuple[str, Tensor]:
+    """An autoencoder's tensor as diffusers has it now: Stable Diffusion 2.1's own file has older names for its attention, and
+    some have 1x1 convolutions in it."""
+    parts = name.split(".")
+    if "attentions" not in parts:
+        return name, x
+    return ".".join(_OLDER.get(part, part) for part in parts), x.flatten(1) if x.ndim == 4 else x
 
 
 def check_safetensors(path: Path) -> None:
