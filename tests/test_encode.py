@@ -114,6 +114,39 @@ def test_goes_on(shards, model, tmp_path, capsys, monkeypatch):  # noqa: F811
     assert "is of another encoding (num_frames 3, now 2); another folder needed" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("kind", ["table", "shard"])
+@pytest.mark.parametrize("changed", ["caption", "clip", "cut"])
+def test_clips_that_have_changed(tmp_path, mp4, model, capsys, kind, changed):  # noqa: F811
+    """Under the same names; copied elsewhere they are the same."""
+
+    def write(folder, captions, clips):
+        folder.mkdir(exist_ok=True)
+        if kind == "shard":
+            shard(
+                folder / "0.tar",
+                {f"{i}.mp4": x for i, x in enumerate(clips)} | {f"{i}.txt": x for i, x in enumerate(captions)},
+            )
+            return
+        for i, x in enumerate(clips):
+            (folder / f"{i}.mp4").write_bytes(x)
+        rows = [f"{i}.mp4,{caption}" for i, caption in enumerate(captions)]
+        (folder / "list.csv").write_text("\n".join(["path,caption", *rows]))
+
+    clips, captions, output = [mp4(0), mp4(20)], ["a", "b"], tmp_path / "cache"
+    write(tmp_path / "clips", captions, clips)
+    assert run(tmp_path / "clips", output, model) == 0
+    write(tmp_path / "copy", captions, clips)
+    assert run(tmp_path / "copy", output, model) == 0
+    assert "0 clips; 1 shards were there" in capsys.readouterr().out
+    if changed == "caption":
+        captions[1] = "c"
+    else:
+        clips[1] = mp4(80) if changed == "clip" else clips[1][:-1]
+    write(tmp_path / "clips", captions, clips)
+    assert run(tmp_path / "clips", output, model) == 2
+    assert "000000.tar is of another encoding (files " in capsys.readouterr().err
+
+
 def test_another_model(shards, pipe, model, tmp_path):  # noqa: F811
     output = tmp_path / "cache"
     assert run(shards, output, model) == 0

@@ -10,6 +10,7 @@ import logging
 import os
 import tarfile
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -25,6 +26,7 @@ from univid.data.batch import Batch, Sample, collate
 from univid.data.cache import Cached, fingerprint
 from univid.data.clip import Clip, load_clip
 from univid.data.dataset import Clips, DataConfig, open_dataset
+from univid.data.folder import Folder
 from univid.data.shards import HEADER, Shards
 from univid.data.tensors import read_json
 
@@ -226,16 +228,29 @@ def _name(number: int) -> str:
 
 
 def _header(dataset: Clips, clips: range, config: DataConfig, made_with: dict[str, str]) -> dict[str, Any]:
-    """What a shard is a cache of."""
-    keys = dataset.source.listing.keys[dataset.keep[clips.start : clips.stop]]
+    """What a shard is a cache of. Of a clip's file, which may be large, its size and beginning stand for the rest."""
+    numbers = dataset.keep[clips.start : clips.stop]
+    files = hashlib.sha256()
+    with ThreadPoolExecutor(8) as pool:
+        for part in pool.map(lambda number: _glimpse(dataset.source, number), numbers.tolist()):
+            files.update(hashlib.sha256(part).digest())
     return {
         **made_with,
         "num_frames": config.num_frames,
         "sizes": [list(size) for size in config.sizes],
         "fps": config.fps,
         "clips": [clips.start, clips.stop],
-        "keys": hashlib.sha256(b"\0".join(keys.tolist())).hexdigest()[:16],
+        "keys": hashlib.sha256(b"\0".join(dataset.source.listing.keys[numbers].tolist())).hexdigest()[:16],
+        "files": files.hexdigest()[:16],
     }
+
+
+def _glimpse(source: Shards | Folder, number: int) -> bytes:
+    try:
+        size, beginning = source.beginning(number, 2**16)
+        return f"{size} {source.caption(number)}\0".encode() + beginning
+    except (ValueError, OSError):
+        return b""  # it is broken, and will be left out
 
 
 def _finished(path: Path, header: dict[str, Any]) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import os
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +46,11 @@ class Folder:
 
     def media(self, index: int) -> Path:
         return self.table.parent / str(self.paths[index])
+
+    def beginning(self, index: int, length: int) -> tuple[int, bytes]:
+        """The size of a clip's file, and its first bytes."""
+        with self.media(index).open("rb") as file:
+            return os.fstat(file.fileno()).st_size, file.read(length)
 
     def caption(self, index: int) -> str:
         return str(self.captions[index])

@@ -63,6 +63,11 @@ class Shards:
     def media(self, index: int) -> bytes:
         return self._read(index, "media")
 
+    def beginning(self, index: int, length: int) -> tuple[int, bytes]:
+        """The size of a clip's file, and its first bytes."""
+        size = int(self.spans[index, _FILES.index("media"), 1])
+        return size, self._read(index, "media", length)
+
     def caption(self, index: int) -> str:
         if self.spans[index, _FILES.index("txt"), 1] >= 0:
             return self._read(index, "txt").decode().strip()
@@ -71,8 +76,9 @@ class Shards:
     def json(self, index: int) -> dict[str, Any]:
         return json.loads(self._read(index, "json"))
 
-    def _read(self, index: int, file: str) -> bytes:
+    def _read(self, index: int, file: str, length: int = sys.maxsize) -> bytes:
         offset, size = self.spans[index, _FILES.index(file)].tolist()
+        size = min(size, length)
         with self.paths[self.shard[index]].open("rb", buffering=0) as shard:
             data = os.pread(shard.fileno(), size, offset)
         if len(data) != size:
