@@ -52,11 +52,12 @@ def test_the_configurations_are_read(path):
 def test_arguments_count_over_the_file(tmp_path):
     path = tmp_path / "own.toml"
     path.write_text('steps = 7\n[optimizer]\nlr = 1\n[streams.a]\nsource = "random"\n')
-    overrides = ["optimizer.lr=3e-4", "streams.a.batch_size=3", "streams.b.num_frames=1", 'validation.prompts=["x"]']
+    overrides = ["optimizer.lr=3e-4", "streams.a.batch_size=3", "streams.a.num_frames=1", 'validation.prompts=["x"]']
     config = load(Config, path, overrides)
     assert (config.steps, config.optimizer.lr, config.optimizer.beta1) == (7, 3e-4, 0.9)
-    assert config.streams["a"] == Stream(source="random", batch_size=3)
-    assert config.streams["b"].num_frames == 1
+    assert config.streams == {"a": Stream(source="random", batch_size=3, num_frames=1)}
+    with pytest.raises(ValueError, match=r"^streams\.video: unknown key; there are a$"):
+        load(Config, path, ["streams.video.batch_size=3"])
     assert config.validation.prompts == ("x",)
     json_path = tmp_path / "own.json"
     json_path.write_text(json.dumps({"steps": 8}))
@@ -69,6 +70,8 @@ def test_arguments_count_over_the_file(tmp_path):
         ("optimzer.lr=1", "optimzer: unknown key; the nearest is optimizer"),
         ("optimizer.lrate=1", "optimizer.lrate: unknown key; the nearest is optimizer.lr"),
         ("streams.video.batch=1", "streams.video.batch: unknown key; the nearest is streams.video.batch_size"),
+        ("streams.vidoe.batch_size=1", "streams.vidoe: unknown key; the nearest is streams.video"),
+        ("streams.vidoe={batch_size=1}", "streams.vidoe: unknown key; the nearest is streams.video"),
         ("zzz=1", "zzz: unknown key; there are run, stage, steps"),
         ("steps=many", "steps: got 'many', needs int"),
         ("steps=1.5", "steps: got 1.5, needs int"),

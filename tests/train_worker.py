@@ -10,13 +10,14 @@ from typing import Any
 
 import torch
 
-from train.config import Config, load
+from train.config import CONFIGS, Config, load
 from train.fsdp import Trainer
 from train.log import Step
 from train.processes import Processes, mesh_of, processes
 
 TINY = (
     "model.unet=tiny",
+    "model.frozen=",
     "log.every=1",
     "validation.every=0",
     "log.tensorboard=false",
@@ -25,6 +26,7 @@ TINY = (
     "streams.video.source=random",
     "streams.video.num_frames=3",
     "streams.image.source=random",
+    "streams.image.share=1",
     "streams.image.num_frames=1",
     *(f"streams.{name}.{side}=32" for name in ("video", "image") for side in ("height", "width")),
 )
@@ -32,7 +34,7 @@ TINY = (
 
 def configure(run: Path, *overrides: str, batch_size: int = 4) -> Config:
     sizes = (f"streams.{name}.batch_size={batch_size}" for name in ("video", "image"))
-    return load(Config, None, [*TINY, f"run={run}", *sizes, *overrides])
+    return load(Config, CONFIGS / "shapes.toml", [*TINY, f"run={run}", *sizes, *overrides])
 
 
 def train(config: Config, joined: Processes, signalled_at: int | None = None) -> dict[str, torch.Tensor]:

@@ -11,7 +11,7 @@ import signal
 import sys
 import tomllib
 import types
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
@@ -200,12 +200,28 @@ def load(cls: type[C], path: str | Path | None = None, overrides: Sequence[str] 
             raise ValueError(f"config: {path} is not TOML: {error}") from None
         if not isinstance(choices, dict):
             raise ValueError(f"config: {path} holds a {type(choices).__name__}, needs a table")
+    named = _named(cls, choices)
     for override in overrides:
         key, equals, text = override.partition("=")
         if not equals:
             raise ValueError(f"arguments: got {override!r}, needs key=value")
-        _put(cls, choices, key, _Text(text))
+        table, *name = key.split(".")[:2]
+        if name and name[0] not in named.get(table, name):
+            raise _unknown(f"{table}.", name[0], named[table])
+        _put(choices, key, _Text(text))
     return _value(cls, choices, "")
+
+
+def _named(cls: Any, choices: Mapping[str, Any]) -> dict[str, Collection[str]]:
+    """The names that a file, or else the defaults, have in each table of tables, such as the streams: a mistyped one is not
+    another stream."""
+    defaults = {
+        entry.name: entry.default_factory()
+        for entry in dataclasses.fields(cls)
+        if entry.default_factory is not dataclasses.MISSING
+    }
+    tables = {table: names for table, names in defaults.items() if isinstance(names, dict)}
+    return tables | {table: choices[table] for table in tables if isinstance(choices.get(table), dict)}
 
 
 class _Text(str):
@@ -272,7 +288,7 @@ def until_stopped(steps: int) -> Iterator[int]:
         signal.signal(signal.SIGTERM, before)
 
 
-def _put(cls: type, choices: dict[str, Any], key: str, value: _Text) -> None:
+def _put(choices: dict[str, Any], key: str, value: _Text) -> None:
     """Put a value at its place in the nested tables."""
     *tables, last = key.split(".")
     for table in tables:
@@ -324,9 +340,7 @@ def _table(cls: Any, choices: Mapping[str, Any], key: str) -> Any:
     prefix = f"{key}." if key else ""
     for name in choices:
         if name not in kinds:
-            close = difflib.get_close_matches(name, kinds, 1, 0.5)
-            hint = f"; the nearest is {prefix}{close[0]}" if close else f"; there are {', '.join(kinds)}"
-            raise ValueError(f"{prefix}{name}: unknown key{hint}")
+            raise _unknown(prefix, name, kinds)
     values = {name: _value(kinds[name], value, f"{prefix}{name}") for name, value in choices.items()}
     try:
         return cls(**values)
@@ -334,6 +348,12 @@ def _table(cls: Any, choices: Mapping[str, Any], key: str) -> Any:
         raise ValueError(f"{key or 'config'}: {error}") from None
     except ValueError as error:  # names a field of this table
         raise ValueError(f"{prefix}{error}") from None
+
+
+def _unknown(prefix: str, name: str, known: Collection[str]) -> ValueError:
+    close = difflib.get_close_matches(name, known, 1, 0.5)
+    hint = f"; the nearest is {prefix}{close[0]}" if close else f"; there are {', '.join(known)}"
+    return ValueError(f"{prefix}{name}: unknown key{hint}")
 
 
 def _name(kind: Any) -> str:
