@@ -59,7 +59,8 @@ def test_two_ranks_take_clips_of_two_sizes_and_say_which_are_broken(start, clips
     assert variants == [3]  # two sizes of clips, one of images
     assert {tuple(batch.frames.shape) for batch in sizes} == {(4, 3, *WIDE, 3), (4, 3, *TALL, 3)}
     assert not {key for batch in sizes for key in batch.keys} & {"4", "5"}
-    two = [*TINY, f"run={tmp_path / 'two'}", *shown, "streams.video.batch_size=2"]
+    tiny = [one for one in TINY if not one.startswith("model.")]
+    two = [*tiny, f"run={tmp_path / 'two'}", *shown, "streams.video.batch_size=2"]
     done = subprocess.run(
         [*TORCHRUN, "train/fsdp.py", *two], cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, timeout=240
     )

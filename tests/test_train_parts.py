@@ -6,6 +6,7 @@ import itertools
 import json
 import shutil
 import subprocess
+import sys
 from collections import Counter
 from pathlib import Path
 
@@ -106,6 +107,11 @@ def test_arguments_count_over_the_file(tmp_path):
             "streams.video={source='random', motions=['up']}",
             r"streams.video.motions: got \('up',\), needs shapes as the source",
         ),
+        (
+            "streams.video={source='random', min_score={score=1}}",
+            r"streams.video.min_score: got {'score': 1.0}, needs files as the source",
+        ),
+        ("streams.video={source='x.tar', pool=3}", "streams.video.pool: got 3, needs shapes as the source"),
         ("streams.video.sizes=['32']", "streams.video.sizes: got '32', needs HEIGHTxWIDTH"),
         ("validation.every=5", r"validation.prompts: got \(\), needs one or more, for every = 5"),
         ("validation.images=['a.png']", "validation.images: got .* needs none, or one for each of 0 prompts"),
@@ -143,6 +149,44 @@ def test_what_is_wrong_is_said_in_one_line(tmp_path, capsys):
     assert main([f"run={tmp_path}", "streams.video.source=clips/*.tar"]) == 1
     lines = capsys.readouterr().err.splitlines()
     assert [line.partition(":")[0] for line in lines] == ["ValueError", *["FileNotFoundError"] * 4]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["model.start=shapes", "model.frozen=a"], "model.frozen: got 'a', needs no model.start beside it"),
+        (["model.start=shapes", "model.unet=tiny"], "model.unet: got 'tiny', needs no model.start beside it"),
+        (["model.sd21=a", "model.start=shapes"], "model.start: got 'shapes', needs no model.sd21 beside it"),
+    ],
+)
+def test_what_a_folder_brings_is_not_chosen_beside_it(arguments, message, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("train.fsdp.Trainer", lambda *_: sys.exit("it trains"))
+    assert main([f"run={tmp_path}", *arguments]) == 1
+    assert f"ValueError: {message}" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("kind", "arguments", "sizes"),
+    [
+        ("cuda", [], (64, 256)),
+        ("cpu", [], (4, 16)),
+        ("cpu", ["streams.image.batch_size=7"], (4, 7)),
+        ("cpu", [str(CONFIGS / "shapes.toml")], (64, 256)),
+    ],
+)
+def test_without_a_gpu_the_default_steps_are_small(kind, arguments, sizes, tmp_path, monkeypatch, capsys):
+    """So that a SIGTERM to torchrun, which then waits for 30 s, finds the end of one."""
+
+    def trainer(config, *_):
+        assert tuple(stream.batch_size for stream in config.streams.values()) == sizes
+        raise ValueError("seen")
+
+    monkeypatch.setattr("train.fsdp.device_kind", lambda: kind)
+    monkeypatch.setattr("train.fsdp.Trainer", trainer)
+    assert main([*arguments, f"run={tmp_path}"]) == 1
+    said = capsys.readouterr()
+    assert said.err == "ValueError: seen\n"
+    assert said.out.startswith("no GPU: streams.video.batch_size=4, ") == (4 in sizes)
 
 
 @pytest.mark.parametrize(

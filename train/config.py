@@ -69,8 +69,10 @@ class Stream:
         for size in self.sizes:
             need("sizes", size, re.fullmatch(r"[1-9]\d*x[1-9]\d*", size) is not None, "HEIGHTxWIDTH, such as 320x576")
         files = self.source not in ("shapes", "random")
-        need("sizes", self.sizes, files or not self.sizes, "files as the source")
-        need("motions", self.motions, self.source == "shapes" or not self.motions, "shapes as the source")
+        for name in ("sizes", "min_score"):
+            need(name, getattr(self, name), files or not getattr(self, name), "files as the source")
+        for name in ("pool", "motions", "first"):
+            need(name, getattr(self, name), self.source == "shapes" or not getattr(self, name), "shapes as the source")
 
     @property
     def buckets(self) -> tuple[tuple[int, int], ...]:

@@ -1,7 +1,7 @@
 """Train UniVid: ``torchrun train/fsdp.py [train/configs/NAME.toml] [key=value ...]``, on one process or many.
 
-Without arguments: the small model on generated shapes, on the GPUs that are there, else on the CPU. The same command again goes
-on from the last checkpoint.
+Without arguments: the small model on generated shapes, on the GPUs that are there, else on the CPU, in smaller batches. The
+same command again goes on from the last checkpoint.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ import torch.distributed as dist
 from safetensors import SafetensorError
 
 from train.checkpoint import Checkpoints, check_architecture
-from train.config import CONFIGS, Config, asks_for_help, load
+from train.config import CONFIGS, Config, Model, asks_for_help, load, need
 from train.data import Conditioned, Encoder, check_streams, open_source
 from train.diffusion import Diffusion
 from train.export import pipeline_of, write_history
@@ -31,11 +31,14 @@ from train.graphs import StepGraphs
 from train.log import Logs, Meter, Step, writing
 from train.optimizer import ShardedAdamW, learning_rate
 from train.parts import Parts
-from train.processes import Processes, processes
+from train.processes import Processes, device_kind, processes
 from train.sharding import Denoiser, checkpoint_activations, compile_blocks, materialise, shard
 from train.stages import STAGES, Draw, Frames, draw, plan, reference_frames
 from train.validation import averaged, validate
 from univid.data.files import beside
+
+# Without a GPU a step of the small model's batches takes a minute or more; torchrun kills 30 s after a SIGTERM.
+ON_CPU = ("streams.video.batch_size=4", "streams.image.batch_size=16")
 
 
 @dataclass(frozen=True)
@@ -222,11 +225,17 @@ def main(arguments: Sequence[str]) -> int:
     if asks_for_help(arguments, __doc__, Config):
         return 0
     path: str | Path | None = CONFIGS / "shapes.toml"
+    small: Sequence[str] = ()
     if arguments and "=" not in arguments[0]:
         path, *arguments = arguments
+    elif device_kind() == "cpu":
+        small = ON_CPU
     try:
-        config = load(Config, path, arguments)
+        config = load(Config, path, [*small, *arguments])
+        check_beside(config.model, [argument.partition("=")[0] for argument in arguments])
         with processes(config.compute.replicas) as joined:
+            if small and joined.first:
+                print(f"no GPU: {', '.join(small)}, unless told otherwise", flush=True)
             trainer = Trainer(config, joined, started)
             if joined.first:
                 write_config(config)
@@ -240,6 +249,15 @@ def main(arguments: Sequence[str]) -> int:
         print("interrupted: the run goes on from its last checkpoint", file=sys.stderr, flush=True)
         return 130
     return 0
+
+
+def check_beside(model: Model, typed: Sequence[str]) -> None:
+    """Raises ValueError: an argument that a pipeline's folder makes void. In a file it may stand, as what to start from else."""
+    first = "sd21" if model.sd21 else "start"
+    for name in {"start", "unet", "frozen"} - {first}:
+        got = getattr(model, name)
+        void = got and getattr(model, first) and f"model.{name}" in typed
+        need(f"model.{name}", got, not void, f"no model.{first} beside it, which has its own")
 
 
 def write_config(config: Config) -> None:

@@ -96,6 +96,11 @@ def mesh_of(kind: str, world_size: int, replicas: int) -> DeviceMesh:
     return init_device_mesh(kind, (replicas, world_size // replicas), mesh_dim_names=("replicate", "shard"))
 
 
+def device_kind() -> str:
+    """Where this machine's processes compute: "cuda" if there is a GPU for each of them, else "cpu"."""
+    return "cuda" if torch.cuda.device_count() >= int(os.environ.get("LOCAL_WORLD_SIZE", 1)) else "cpu"
+
+
 @contextmanager
 def processes(replicas: int = 0, device: str | None = None) -> Iterator[Processes]:
     """Join the others, each on a GPU of its own where there are GPUs.
@@ -111,7 +116,7 @@ def processes(replicas: int = 0, device: str | None = None) -> Iterator[Processe
     replicas = replicas or world_size // local_size
     if world_size % replicas:
         raise ValueError(f"compute.replicas: got {replicas}, needs a divisor of {world_size} processes")
-    kind = device or ("cuda" if torch.cuda.device_count() >= local_size else "cpu")
+    kind = device or device_kind()
     here = torch.device(kind, local_rank) if kind == "cuda" else torch.device("cpu")
     if kind == "cuda":
         torch.cuda.set_device(here)
