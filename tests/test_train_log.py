@@ -43,11 +43,11 @@ def test_tensorboard_and_wandb_get_the_log_s_numbers(tmp_path, monkeypatch, caps
     with processes(device="cpu") as joined:
         logs = Logs(config, joined, 2)
         report = {"loss": 0.5, "norm": 2.0, "lr": 1e-3, "clips/s": 3.0, "TFLOP/s": 1.0, "of matrix rate": 0.1}
-        report |= {"skipped": 1, "data wait": 0.0, "broken clips": 4}
+        report |= {"skipped": 1, "data wait": 0.0, "broken clips": 4, "loss/t2v": math.inf}
         logs.write(3, report)
     assert sorted(seen) == sorted((to, *item, 3) for to in ("tensorboard", "wandb") for item in report.items())
     (line,) = (tmp_path / "run" / FILE).read_text().splitlines()
-    assert json.loads(line) == {"step": 3, **report}
+    assert json.loads(line, parse_constant=pytest.fail) == {"step": 3, **report, "loss/t2v": None}
     for error in (OSError("a full disk"), ValueError("anything else")):  # of TensorBoard's thread
         thread = threading.Thread(target=_raise, args=(error,))
         thread.start()

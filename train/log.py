@@ -162,8 +162,9 @@ class Logs:
         if self.file is None:
             return
         print(line(step, report), flush=True)
+        finite = {name: value if math.isfinite(value) else None for name, value in report.items()}  # JSON has no NaN
         with writing(self.folder):
-            self.file.write(json.dumps({"step": step, **report}) + "\n")
+            self.file.write(json.dumps({"step": step, **finite}) + "\n")
             for writer in self.writers:
                 for name, value in report.items():
                     writer(name, value, step)
