@@ -19,6 +19,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from tests.small_pipeline import make
 from tests.train_worker import TINY, configure, state_of, train
 from train import checkpoint, fsdp
 from train.checkpoint import checkpoints, read_state
@@ -279,7 +280,7 @@ def test_a_kill_before_the_rename_leaves_the_last_checkpoint(alone, tmp_path, mo
     assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step-00000002"]
 
 
-@pytest.mark.parametrize("damage", ["no metadata", "no shard", "a cut shard", "a cut state"])
+@pytest.mark.parametrize("damage", ["no metadata", "no shard", "a cut shard", "a cut state", "an empty state"])
 def test_a_damaged_checkpoint_is_named_and_left_as_it_is(alone, tmp_path, capsys, damage):
     config = configure(tmp_path, "steps=1")
     train(config, alone)
@@ -287,6 +288,8 @@ def test_a_damaged_checkpoint_is_named_and_left_as_it_is(alone, tmp_path, capsys
     (shard,) = last.glob("*.distcp")
     if damage.startswith("no"):
         ((last / ".metadata") if damage == "no metadata" else shard).unlink()
+    elif damage == "an empty state":
+        (last / "state.json").write_text("{}")
     else:
         path = shard if damage == "a cut shard" else last / "state.json"
         path.write_bytes(path.read_bytes()[: path.stat().st_size // 10])
@@ -299,6 +302,24 @@ def test_a_damaged_checkpoint_is_named_and_left_as_it_is(alone, tmp_path, capsys
     assert export([str(tmp_path), str(tmp_path / "out")]) == 1
     assert str(last) in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+def test_a_damaged_checkpoint_leaves_the_one_before_it_to_export(alone, tmp_path, monkeypatch, capsys):
+    """Of a run that started from a relative folder, from anywhere; what is no checkpoint does not count."""
+    monkeypatch.chdir(tmp_path)
+    make().save_pretrained(Path("start"))
+    config = configure(Path("run"), "steps=2", "checkpoints.every=1", "model.start=start")
+    train(config, alone)
+    fsdp.write_config(config)
+    assert json.loads(Path("run/config.json").read_text())["model"] == {
+        "start": str(tmp_path / "start"), "sd21": "", "clip": "", "unet": "tiny", "frozen": "",
+    }  # fmt: skip
+    (tmp_path / "run/checkpoints/step-00000002/state.json").write_text("{")
+    shutil.copytree("run/checkpoints/step-00000001", "run/checkpoints/step-old")
+    monkeypatch.chdir("/")
+    assert export([str(tmp_path / "run"), str(tmp_path / "out"), "step=1"]) == 0
+    assert export([str(tmp_path / "run"), str(tmp_path / "out")]) == 1
+    assert "step-00000002" in capsys.readouterr().err
 
 
 # --- what goes wrong ----------------------------------------------------------------------------------------------------------
@@ -409,6 +430,8 @@ def test_what_does_not_fit_the_model_is_refused_before_the_first_step(alone, tmp
         ValueError, match=r"^model\.frozen: got 'shapes' with context_dim = 128, needs 24, as the U-Net"
     ):
         Trainer(configure(tmp_path, *shown), alone)
+    with pytest.raises(FileNotFoundError, match=r"^image: nope\.png does not exist$"):
+        Trainer(configure(tmp_path, *shown, "validation.images=['nope.png']"), alone)
 
 
 # --- signals ------------------------------------------------------------------------------------------------------------------

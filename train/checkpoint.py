@@ -34,7 +34,12 @@ COUNTS = "counts"
 
 def checkpoints(folder: Path) -> list[Path]:
     """Those that are whole, the oldest first."""
-    return sorted(path for path in folder.glob("step-*") if path.suffix != PARTIAL and (path / STATE).is_file())
+    return sorted(path for path in folder.glob("step-*") if path.name[5:].isdigit() and (path / STATE).is_file())
+
+
+def step_of(path: Path) -> int:
+    """A checkpoint's, by its name."""
+    return int(path.name[5:])
 
 
 class Checkpoints:
@@ -173,7 +178,11 @@ def whole(path: Path) -> Iterator[None]:
 
 
 def read_state(path: Path) -> dict[str, Any]:
-    return read_json(path / STATE)
+    """Raises ValueError: it is damaged."""
+    state = read_json(path / STATE)
+    if missing := {"step", "sources", "stage", "unet"} - state.keys():
+        raise ValueError(f"run: the checkpoint {path} is damaged ({STATE} has no {', '.join(sorted(missing))})")
+    return state
 
 
 def check_architecture(path: Path, identity: Mapping[str, Any]) -> None:

@@ -21,7 +21,7 @@ import torch.distributed.checkpoint as dcp
 from safetensors import SafetensorError
 from torch import Tensor
 
-from train.checkpoint import checkpoints, read_state, whole
+from train.checkpoint import checkpoints, read_state, step_of, whole
 from train.config import Config, asks_for_help, load
 from train.parts import Parts
 from train.sharding import Denoiser
@@ -48,7 +48,7 @@ def export(run: Path, out: Path, choices: Export = Export()) -> Path:
     Raises:
         FileNotFoundError: no run, or no such checkpoint.
     """
-    found = {read_state(path)["step"]: path for path in checkpoints(run / "checkpoints")}
+    found = {step_of(path): path for path in checkpoints(run / "checkpoints")}
     step = choices.step or max(found, default=0)
     if step not in found:
         there = ", ".join(map(str, sorted(found))) or "none"

@@ -35,7 +35,9 @@ from train.processes import Processes, device_kind, processes
 from train.sharding import Denoiser, checkpoint_activations, compile_blocks, materialise, shard
 from train.stages import STAGES, Draw, Frames, draw, plan, reference_frames
 from train.validation import averaged, validate
-from univid.data.files import beside
+from univid.checkpoint import MODELS
+from univid.data.files import beside, read_image
+from univid.model.config import CONFIGS as UNETS
 
 # Without a GPU a step of the small model's batches takes a minute or more; torchrun kills 30 s after a SIGTERM.
 ON_CPU = ("streams.video.batch_size=4", "streams.image.batch_size=16")
@@ -67,6 +69,9 @@ class Trainer:
         trial = all(stream.source == "random" for stream in config.streams.values())
         self.encoder = Encoder(self.parts, device, unet.context_dim, trial)
         check_streams(config.streams, unet, self.encoder.factor)
+        if config.validation.every and processes.first:
+            for image in filter(None, config.validation.images):
+                read_image(image)  # what is no picture is said now, not at the first validation
         rendered = any(stream.source == "shapes" for stream in config.streams.values())
         if rendered or config.validation.every or (self.parts.folder is not None and not trial):
             self.parts.check_fits(unet)
@@ -261,10 +266,19 @@ def check_beside(model: Model, typed: Sequence[str]) -> None:
 
 
 def write_config(config: Config) -> None:
-    """``config.json``, without which no checkpoint can be exported: whole, or as it was."""
-    text = json.dumps(dataclasses.asdict(config), indent=1) + "\n"
+    """``config.json``, without which no checkpoint can be exported: whole, or as it was; from any folder."""
+    table = dataclasses.asdict(config)
+    table["model"] = {name: _from_anywhere(value) for name, value in table["model"].items()}
+    text = json.dumps(table, indent=1) + "\n"
     with writing(Path(config.run)):
         beside(Path(config.run) / "config.json", lambda partial: partial.write_text(text))
+
+
+def _from_anywhere(value: str) -> str:
+    """A path, which may stand after a name and a colon, as an absolute one; the names of what ships as they are."""
+    shipped = {path.stem for path in (*MODELS.iterdir(), *UNETS.glob("*.toml"))}
+    name, colon, path = ("", "", value) if Path(value).exists() else value.rpartition(":")
+    return f"{name}{colon}{Path(path).absolute()}" if path and path not in shipped and Path(path).exists() else value
 
 
 if __name__ == "__main__":
