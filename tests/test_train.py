@@ -214,9 +214,7 @@ def gradients_of(trainer: Trainer) -> dict:
     return {n: p.grad.full_tensor() for n, p in trainer.model.named_parameters() if p.grad is not None}
 
 
-def test_two_parts_of_a_step_are_one_of_twice_the_size(alone, tmp_path, monkeypatch):
-    drawn = fsdp.draw
-    monkeypatch.setattr(fsdp, "draw", lambda *arguments: drawn(*arguments[:-1], 0))  # the second part as the first
+def test_two_parts_of_a_step_are_one_of_twice_the_size(alone, tmp_path):
     parts = Trainer(configure(tmp_path, "optimizer.accumulate=2"), alone)
     whole = Trainer(configure(tmp_path, batch_size=8), alone)
     for name, source in parts.sources.items():

@@ -71,8 +71,8 @@ def error(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> float:
 
 @pytest.fixture
 def drawn_on_the_host(monkeypatch):
-    def drawn(task, keys, latents, *rest):
-        own = draw(task, keys, latents.cpu(), *rest)
+    def drawn(task, first, latents, *rest):
+        own = draw(task, first, latents.cpu(), *rest)
         moved = {
             f.name: x.to(latents.device)
             for f in dataclasses.fields(own)

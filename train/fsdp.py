@@ -130,7 +130,8 @@ class Trainer:
             batch = self.sources[choice.stream].next()
             waited += time.perf_counter() - before
             sample = self.encoder(batch, choice.task)
-            own = draw(choice.task, batch.keys, sample.latents, self.diffusion.steps, self.config.seed, self.step, part)
+            place = (part * self.processes.world_size + self.processes.rank) * len(batch.keys)
+            own = draw(choice.task, place, sample.latents, self.diffusion.steps, self.config.seed, self.step)
             refs = reference_frames(self.model.unet, sample.latents.shape[1], choice.generator, own.t.device)
             loss += self.backward(Inputs(sample, own, refs))
             keys += batch.keys

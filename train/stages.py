@@ -1,12 +1,12 @@
 """What a step is about: drawn from streams that all ranks share, so that their collectives are the same.
 
-Nothing here has a state. A step's choices follow from (seed, step), a sample's from (seed, step, part, key), whatever rank it
-is on: so a run is resumed exactly from its step, on any number of ranks.
+Nothing here has a state. A step's choices follow from (seed, step), a sample's from (seed, step, its place in the step's batch),
+whatever rank it is on: so a run is resumed exactly from its step, on any number of ranks.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -78,21 +78,22 @@ class Draw:
     image_weight: Tensor | float
 
 
-def draw(task: str, keys: Sequence[str], latents: Tensor, steps: int, *seed: object) -> Draw:
+def draw(task: str, first: int, latents: Tensor, steps: int, *seed: object) -> Draw:
     """Draw a batch's choices.
 
     Text is dropped by the empty prompt, the image by weight 0, as guidance does in sampling. Where the task gives no text, text
     weight 0 and the empty prompt are equally likely: sampling uses the one for an image alone, the other beside a negative prompt.
 
     Args:
-        latents: ``(B, T, C, h, w)``. steps: noise levels. seed: what the draws depend on beside the keys.
+        first: the place of the first sample in the step's batch, of all ranks and parts; two may have one key. latents:
+            ``(B, T, C, h, w)``. steps: noise levels. seed: what the draws depend on beside the places.
     """
     noise = torch.empty_like(latents, dtype=torch.float32)
     t, drop, half = [], [], []
     own = torch.Generator()
     device = torch.Generator(latents.device)
-    for i, key in enumerate(keys):
-        seed_ = stable_seed(*seed, key)
+    for i in range(len(latents)):
+        seed_ = stable_seed(*seed, first + i)
         numbers = torch.rand(3, generator=own.manual_seed(seed_), dtype=torch.float64).tolist()
         t.append(int(numbers[0] * steps))
         drop.append(numbers[1])
