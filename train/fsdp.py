@@ -39,7 +39,7 @@ from univid.checkpoint import MODELS
 from univid.data.files import beside, read_image
 from univid.model.config import CONFIGS as UNETS
 
-# Without a GPU a step of the small model's batches takes a minute or more; torchrun kills 30 s after a SIGTERM.
+# Without a GPU a step of the small model's batches takes a minute (70 s on 2 cores); torchrun kills 30 s after a SIGTERM.
 ON_CPU = ("streams.video.batch_size=4", "streams.image.batch_size=16")
 
 
@@ -260,9 +260,9 @@ def main(arguments: Sequence[str]) -> int:
 def check_beside(model: Model, typed: Sequence[str]) -> None:
     """Raises ValueError: an argument that a pipeline's folder makes void. In a file it may stand, as what to start from else."""
     first = "sd21" if model.sd21 else "start"
-    for name in {"start", "unet", "frozen"} - {first}:
+    for name in ("start", "unet", "frozen"):
         got = getattr(model, name)
-        void = got and getattr(model, first) and f"model.{name}" in typed
+        void = got and getattr(model, first) and name != first and f"model.{name}" in typed
         need(f"model.{name}", got, not void, f"no model.{first} beside it, which has its own")
 
 

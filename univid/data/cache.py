@@ -44,7 +44,7 @@ def _hash(path: Path, more: str) -> str:
             half = x.half()
             x = half if torch.equal(half.float(), x) else x  # the same bytes, whichever of the two holds them on disk
             digest.update(f"{name} {x.dtype} {tuple(x.shape)}".encode())
-            digest.update(x.contiguous().reshape(-1).view(torch.uint8).numpy())
+            digest.update(x.contiguous().reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()[:16]
 
 
