@@ -109,8 +109,7 @@ def test_two_ranks_have_each_clip_that_passes_once_in_an_epoch(start, shards, tm
 
 
 def test_a_cache_is_of_a_model(start, shards, tmp_path):  # noqa: F811
-    """Random weights learn from one with the frozen parts that made it, or as a run exports them; others, and none at all, are
-    refused."""
+    """Random weights learn from one with the frozen parts that made it, or as exported. Others are refused."""
     latents, half, other = tmp_path / "latents", tmp_path / "half", make()
     shutil.copytree(start, half)
     make().vae.half().save(half / "vae")

@@ -215,8 +215,10 @@ def load(cls: type[C], path: str | Path | None = None, overrides: Sequence[str] 
 
 
 def _named(cls: Any, choices: Mapping[str, Any]) -> dict[str, Collection[str]]:
-    """The names that a file, or else the defaults, have in each table of tables, such as the streams: a mistyped one is not
-    another stream."""
+    """The names that a file, or else the defaults, have in each table of tables, such as the streams.
+
+    A mistyped one is not another stream.
+    """
     defaults = {
         entry.name: entry.default_factory()
         for entry in dataclasses.fields(cls)

@@ -1,7 +1,7 @@
 """Train UniVid: ``torchrun train/fsdp.py [train/configs/NAME.toml] [key=value ...]``, on one process or many.
 
-Without arguments: the small model on generated shapes, on the GPUs that are there, else on the CPU, in smaller batches. The
-same command again goes on from the last checkpoint.
+Without arguments: the small model on generated shapes, on the GPUs that are there, else on the CPU, in smaller batches.
+The same command again goes on from the last checkpoint.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ from univid.checkpoint import MODELS
 from univid.data.files import beside, read_image
 from univid.model.config import CONFIGS as UNETS
 
-# Without a GPU a step of the small model's batches takes a minute (70 s on 2 cores); torchrun kills 30 s after a SIGTERM.
+# Of shapes.toml's batches a step takes 70 s on 2 cores, and torchrun kills 30 s after a SIGTERM.
 ON_CPU = ("streams.video.batch_size=4", "streams.image.batch_size=16")
 
 
@@ -258,7 +258,7 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def check_beside(model: Model, typed: Sequence[str]) -> None:
-    """Raises ValueError: an argument that a pipeline's folder makes void. In a file it may stand, as what to start from else."""
+    """Raises ValueError: an argument that a pipeline's folder makes void. A file may have it, for runs without."""
     first = "sd21" if model.sd21 else "start"
     for name in ("start", "unet", "frozen"):
         got = getattr(model, name)

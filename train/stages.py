@@ -1,7 +1,7 @@
 """What a step is about: drawn from streams that all ranks share, so that their collectives are the same.
 
-Nothing here has a state. A step's choices follow from (seed, step), a sample's from (seed, step, its place in the step's batch),
-whatever rank it is on: so a run is resumed exactly from its step, on any number of ranks.
+Nothing here has a state. A step's choices follow from (seed, step), a sample's from (seed, step, its place in the
+step's batch), whatever rank it is on: so a run is resumed exactly from its step, on any number of ranks.
 """
 
 from __future__ import annotations

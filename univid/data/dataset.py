@@ -153,7 +153,8 @@ def _captioned(source: Shards | Folder, keep: NDArray[np.integer]) -> NDArray[np
     without = keep[~source.listing.captioned[keep]]
     if len(keep) and len(without) == len(keep):
         raise ValueError(
-            f'data: captions are missing: {source.name(int(keep[0]))} has neither a text in key.txt nor one as "caption" in key.json'
+            f"data: captions are missing: {source.name(int(keep[0]))} has neither a text in key.txt"
+            ' nor one as "caption" in key.json'
             if isinstance(source, Shards)
             else f"data: captions are missing: none of {len(keep)} rows of {source.table} has one"
         )

@@ -179,7 +179,7 @@ def json_object(text: str | bytes, name: str) -> dict[str, Any]:
 
 
 def caption_of(values: dict[str, Any]) -> str:
-    """The caption of a JSON object or a table's row, "" where there is none: it is a text, though one may be written 1984."""
+    """The caption of a JSON object or a table's row, "" where there is none; one may be written as a number: 1984."""
     caption = values.get("caption")
     return str(caption).strip() if isinstance(caption, (str, int, float)) else ""
 

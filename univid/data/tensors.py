@@ -49,8 +49,10 @@ def read_safetensors(path: Path) -> dict[str, Tensor]:
 
 
 def of_today(name: str, x: Tensor) -> tuple[str, Tensor]:
-    """An autoencoder's tensor as diffusers has it now: Stable Diffusion 2.1's own file has older names for its attention, and
-    some have 1x1 convolutions in it."""
+    """An autoencoder's tensor as diffusers has it now.
+
+    Stable Diffusion 2.1's own file has older names for its attention, and some have 1x1 convolutions in it.
+    """
     parts = name.split(".")
     if "attentions" not in parts:
         return name, x
