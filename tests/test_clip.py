@@ -77,8 +77,8 @@ def test_a_folder_with_a_colon(clip, tmp_path):
     clip.save(folder)
     assert torch.equal(load_clip(folder).text(["a cat"]), clip.text(["a cat"]))
     (tmp_path / "config.json").write_text("{}")
-    save_file({"x": torch.zeros(1)}, tmp_path / "model.safetensors")
-    assert fingerprint(tmp_path, folder)["clip"] == _hash(folder, "")
+    save_file({"x": torch.zeros(1)}, tmp_path / "diffusion_pytorch_model.safetensors")
+    assert fingerprint(tmp_path, folder)["clip"] == _hash(folder / WEIGHTS, "")
 
 
 def test_what_only_compares_texts_with_pictures_is_not_kept(clip, tmp_path):

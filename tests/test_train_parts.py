@@ -366,7 +366,15 @@ def test_a_stage_starts_from_what_another_one_exported(start, tmp_path):
 def test_what_does_not_fit_is_refused_before_weights_are_read(start, tmp_path):
     shutil.copytree(start, tmp_path / "start", ignore=shutil.ignore_patterns("*.safetensors"))
     towers = tmp_path / "start" / "clip" / "open_clip_config.json"
+    schedule = tmp_path / "start" / "scheduler" / "scheduler_config.json"
     with processes(device="cpu") as joined:
+        before = schedule.read_text()
+        schedule.write_text(json.dumps(json.loads(before) | {"prediction_type": "epsilon"}))
+        with pytest.raises(ValueError, match=r"with prediction_type = epsilon, needs v_prediction, as the U-Net$"):
+            Trainer(
+                configure(tmp_path / "run", f"model.start={tmp_path / 'start'}", "streams.video.source=shapes"), joined
+            )
+        schedule.write_text(before)
         for override, message in (
             ("streams.video.num_frames=25", r"streams\.video\.num_frames: got 25, needs at most "),
             ("streams.video.width=20", r"streams\.video: got 32x20, needs multiples of \d+, of which "),

@@ -13,7 +13,7 @@ from train.config import Model
 from train.sharding import Denoiser
 from univid.checkpoint import find
 from univid.data.cache import fingerprint
-from univid.data.tensors import read_json
+from univid.data.tensors import clip_source, read_json
 from univid.model import ImageAdapter, UNet, UNetConfig
 
 if TYPE_CHECKING:  # diffusers and open_clip take seconds to import, and training from a cache needs neither
@@ -101,6 +101,7 @@ class Parts:
                 "in_channels": read_json(self.folder / "vae" / "config.json").get("latent_channels", 4),
                 "context_dim": towers.get("text_cfg", {}).get("width"),
                 "image_dim": towers.get("vision_cfg", {}).get("width"),
+                "prediction_type": self.scheduler.get("prediction_type", "epsilon"),  # diffusers' default
             }
             whose = f"{getattr(self.model, choice)!r} with"
         for name, got in have.items():
@@ -167,9 +168,9 @@ def _denoiser(unet: UNet, adapter: ImageAdapter) -> Denoiser:
 
 def _towers(clip: str | Path) -> dict[str, Any]:
     """The configuration of a CLIP, as ``load_clip`` finds it."""
-    name, _, path = str(clip).rpartition(":")
+    name, folder = clip_source(clip)
     if name:
         import open_clip
 
         return open_clip.get_model_config(name) or {}
-    return read_json(Path(path) / "open_clip_config.json").get("model_cfg") or {}
+    return read_json(folder / "open_clip_config.json").get("model_cfg") or {}
