@@ -454,8 +454,9 @@ def test_signed_urls(shards, tmp_path):
         paths = (f"{url}/000.tar?signature={'x' * 300}",)
         assert len(open_dataset(config("", paths=paths, cache=str(tmp_path / "cache")))) == 3
         (shards / "list.csv").write_text(f"path,caption\n{shards}/a.mp4,x\n")
-        paths = (f"{url}/list.csv?signature=a/b",)
-        assert len(open_dataset(config("", paths=paths, cache=str(tmp_path / "cache")))) == 1
+        (shards / "download").write_bytes((shards / "list.csv").read_bytes())
+        for name in ("list.csv?signature=a/b", "download?file=list.csv"):
+            assert len(open_dataset(config("", paths=(f"{url}/{name}",), cache=str(tmp_path / "cache")))) == 1
 
 
 @pytest.mark.parametrize(

@@ -156,6 +156,7 @@ def test_16_bits(tmp_path, name, dtype):
     exif[0x0112] = 3  # turned by a half
     Image.fromarray(grey).save(tmp_path / name, exif=exif)
     assert np.array_equal(read_image(tmp_path / name), np.stack([grey[::-1, ::-1] // 257] * 3, -1))
+    assert read_image(Image.fromarray(np.full((2, 2), 200, np.int32))).tolist() == [[[200] * 3] * 2] * 2  # 8 bits in 32
 
 
 @pytest.mark.parametrize(

@@ -186,7 +186,7 @@ def test_schedulers(pipe, monkeypatch, scheduler, spacing):
 def test_weights_that_are_not_finite(part):
     broken = make()
     next(attrgetter(part)(broken).parameters()).data.fill_(float("nan"))
-    with pytest.raises(RuntimeError, match=r"^frames: got numbers that are not finite"):
+    with pytest.raises(FloatingPointError, match=r"^frames: got numbers that are not finite"):
         frames(broken, "a cat")
 
 

@@ -123,6 +123,7 @@ def test_saving_replaces_all_or_nothing(pipe, tmp_path, monkeypatch):
     folder = tmp_path / "model"
     pipe.save_pretrained(folder)
     (folder / "unet" / "training.json").write_text("[]")
+    (folder / "unet" / "mine.safetensors").write_text("of no model")
     (folder / "README.md").write_text("a card")
     read = lambda: {p.relative_to(folder): p.read_bytes() for p in folder.rglob("*") if p.is_file()}  # noqa: E731
     before = read()

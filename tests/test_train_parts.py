@@ -9,6 +9,7 @@ import subprocess
 import sys
 from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -17,6 +18,7 @@ from diffusers import DDIMScheduler
 from tests.small_pipeline import SCHEDULE, make
 from tests.test_data import mp4, shards  # noqa: F401 - fixtures
 from tests.train_worker import configure, state_of, train
+from train import validation
 from train.bench import main as bench
 from train.config import CONFIGS, Config, Model, Optimizer, Stream, load
 from train.data import Conditioned, Encoder, RenderedShapes
@@ -186,7 +188,7 @@ def test_without_a_gpu_the_default_steps_are_small(kind, arguments, sizes, tmp_p
     assert main([*arguments, f"run={tmp_path}"]) == 1
     said = capsys.readouterr()
     assert said.err == "ValueError: seen\n"
-    assert said.out.startswith("no GPU: streams.video.batch_size=4, ") == (4 in sizes)
+    assert said.out.startswith("no GPU for each process: streams.video.batch_size=4, ") == (4 in sizes)
 
 
 @pytest.mark.parametrize(
@@ -386,6 +388,36 @@ def test_what_does_not_fit_is_refused_before_weights_are_read(start, tmp_path):
                 towers.write_text(json.dumps(config))
             with pytest.raises(ValueError, match=f"^{message}"):
                 Trainer(configure(tmp_path / "run", f"model.start={tmp_path / 'start'}", override), joined)
+
+
+def test_what_stable_diffusion_predicts_is_its_schedulers_to_say(start, tmp_path):
+    shutil.copytree(start, tmp_path / "sd")
+    schedule = tmp_path / "sd" / "scheduler" / "scheduler_config.json"
+    schedule.write_text(json.dumps(json.loads(schedule.read_text()) | {"prediction_type": "epsilon"}))
+    model = Model(sd21=str(tmp_path / "sd"), clip=str(tmp_path / "sd" / "clip"))
+    parts = Parts(model, torch.float32, torch.device("cpu"))
+    assert parts.unet().prediction_type == "epsilon"
+    parts.check_fits(parts.unet())
+
+
+def test_a_validation_that_is_not_finite_does_not_end_training(monkeypatch, tmp_path, capsys):
+    def overflow(pipe, config):
+        raise FloatingPointError("frames: got numbers that are not finite")
+
+    met = []
+    pipe = SimpleNamespace(to=lambda device: pipe, settings=SimpleNamespace(fps=8))
+    trainer = SimpleNamespace(
+        parts=SimpleNamespace(pipeline=lambda whole: pipe),
+        processes=SimpleNamespace(device="cpu", barrier=lambda: met.append("others")),
+        config=SimpleNamespace(validation=None, run=str(tmp_path)),
+        dtype=torch.float32,
+        step=7,
+    )
+    monkeypatch.setattr(validation, "averaged", lambda trainer, dtype: "a model")
+    monkeypatch.setattr(validation, "sample", overflow)
+    validation.validate(trainer)
+    assert met and "validation of step 7: frames: got numbers" in capsys.readouterr().out
+    assert not list(tmp_path.iterdir())
 
 
 def test_export_says_what_is_missing(tmp_path, capsys):

@@ -241,7 +241,7 @@ def main(arguments: Sequence[str]) -> int:
         check_beside(config.model, [argument.partition("=")[0] for argument in arguments])
         with processes(config.compute.replicas) as joined:
             if small and joined.first:
-                print(f"no GPU: {', '.join(small)}, unless told otherwise", flush=True)
+                print(f"no GPU for each process: {', '.join(small)}, unless told otherwise", flush=True)
             trainer = Trainer(config, joined, started)
             if joined.first:
                 write_config(config)
@@ -277,7 +277,7 @@ def write_config(config: Config) -> None:
 
 def _from_anywhere(value: str) -> str:
     """A path, which may stand after a name and a colon, as an absolute one; the names of what ships as they are."""
-    shipped = {path.stem for path in (*MODELS.iterdir(), *UNETS.glob("*.toml"))}
+    shipped = {path.name for path in MODELS.iterdir()} | {path.stem for path in UNETS.glob("*.toml")}
     name, colon, path = ("", "", value) if Path(value).exists() else value.rpartition(":")
     return f"{name}{colon}{Path(path).absolute()}" if path and path not in shipped and Path(path).exists() else value
 

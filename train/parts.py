@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -79,7 +79,11 @@ class Parts:
             return UNetConfig.load(self.model.unet)
         assert self.folder is not None
         path = self.folder / "unet" / "config.json"
-        return UNetConfig.from_diffusers(read_json(path), str(path))
+        config = UNetConfig.from_diffusers(read_json(path), str(path))
+        if not self.model.sd21:
+            return config
+        # Stable Diffusion's U-Net does not say what it predicts; its scheduler does.
+        return replace(config, prediction_type=self.scheduler.get("prediction_type", "epsilon"))
 
     @cached_property
     def factor(self) -> int:

@@ -27,15 +27,21 @@ def validate(trainer: Trainer) -> float:
     whole = averaged(trainer, trainer.dtype)
     if whole is not None:
         pipe = trainer.parts.pipeline(whole).to(trainer.processes.device)
-        frames = sample(pipe, trainer.config.validation)
-        path = Path(trainer.config.run) / "validation" / f"step-{trainer.step:08}.mp4"
-        from univid.data.files import write_frames
-
-        with writing(path.parent):
-            path.parent.mkdir(exist_ok=True)
-            write_frames(grid(frames), path, pipe.settings.fps)
+        try:
+            _write(trainer, sample(pipe, trainer.config.validation), pipe.settings.fps)
+        except FloatingPointError as error:  # training goes on, and tells of steps that are not finite itself
+            print(f"validation of step {trainer.step}: {error}", flush=True)
     trainer.processes.barrier()
     return time.perf_counter() - before
+
+
+def _write(trainer: Trainer, videos: Frames, fps: float) -> None:
+    from univid.data.files import write_frames
+
+    path = Path(trainer.config.run) / "validation" / f"step-{trainer.step:08}.mp4"
+    with writing(path.parent):
+        path.parent.mkdir(exist_ok=True)
+        write_frames(grid(videos), path, fps)
 
 
 @torch.no_grad()

@@ -35,7 +35,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("univid: stopped; nothing is half-written", file=sys.stderr)
         return 130
-    except (ValueError, TypeError, OSError, RuntimeError) as error:  # PyTorch's go on for many lines
+    except (ValueError, TypeError, ArithmeticError, OSError, RuntimeError) as error:  # PyTorch's go on for many lines
         more = "; --low-memory needs less" if type(error).__name__ == "OutOfMemoryError" else ""
         print(f"univid: {str(error).partition(chr(10))[0]}{more}", file=sys.stderr)
         return 2

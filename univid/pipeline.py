@@ -26,7 +26,7 @@ from univid.checkpoint import PARTS, find
 from univid.data.autoencoder import Autoencoder, load_autoencoder
 from univid.data.clip import VOCABULARY, Clip, load_clip
 from univid.data.files import Frames, beside, check_fps, check_writable, numbered, read_image, write_frames
-from univid.data.tensors import read_json
+from univid.data.tensors import CLIP_WEIGHTS, HALF_WEIGHTS, WEIGHTS, read_json
 from univid.graphs import Graphed, Pace, graph_key
 from univid.guidance import Pass, Weight, absent, by_level, guide, passes, scalar
 from univid.model import ImageAdapter, UNet, load_sd21
@@ -182,8 +182,8 @@ class UniVidPipeline:
         def replaced(folder: str, names: list[str]) -> set[str]:
             """What was written anew, and a former model's weights and words, which would be read with the new ones."""
             inside = Path(folder).relative_to(there)
-            former = (".safetensors", VOCABULARY) if str(inside) in PARTS else ()
-            return {name for name in names if (path / inside / name).is_file() or name.endswith(former)}
+            former = (WEIGHTS, HALF_WEIGHTS, *CLIP_WEIGHTS, VOCABULARY) if str(inside) in PARTS else ()
+            return {name for name in names if (path / inside / name).is_file() or name in former}
 
         if there.is_dir():
             shutil.copytree(there, path, True, replaced, _link, dirs_exist_ok=True)

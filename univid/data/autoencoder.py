@@ -49,7 +49,7 @@ class Autoencoder(nn.Module):
         """``(B, T, 4, h, w)`` to uint8 frames ``(B, T, 8h, 8w, 3)``, on the CPU.
 
         Raises:
-            RuntimeError: pixels that are not finite, of latents or weights that are not.
+            FloatingPointError: pixels that are not finite, of latents or weights that are not.
         """
         finite = []  # read once, at the end: a number on a GPU has to be waited for
 
@@ -61,7 +61,9 @@ class Autoencoder(nn.Module):
         # Rounded where they were computed, so that a quarter of float32's bytes go over the bus, and all at once.
         frames = self._in_chunks(decode, latents).cpu()
         if not torch.stack(finite).all():
-            raise RuntimeError("frames: got numbers that are not finite; weights that are, and do not overflow, needed")
+            raise FloatingPointError(
+                "frames: got numbers that are not finite; weights that are, and do not overflow, needed"
+            )
         return frames
 
     def _in_chunks(self, function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:

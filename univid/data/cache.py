@@ -13,7 +13,15 @@ from safetensors.torch import load
 
 from univid.data.batch import Sample
 from univid.data.shards import Shards
-from univid.data.tensors import UNREAD, check_safetensors, clip_source, find_weights, of_today, read_json
+from univid.data.tensors import (
+    LEFT_OUT,
+    check_safetensors,
+    clip_source,
+    find_clip_weights,
+    find_weights,
+    of_today,
+    read_json,
+)
 
 _NAMES = {"vae": "VAE", "clip": "text encoder"}
 
@@ -27,10 +35,8 @@ def fingerprint(vae: str | Path, clip: str | Path) -> dict[str, str]:
         vae: diffusers' folder; its scaling factor counts too, as latents are kept scaled. clip: what
             :func:`univid.data.clip.load_clip` takes.
     """
-    from univid.data.clip import _weights  # open_clip takes seconds to import
-
     scaling = read_json(Path(vae) / "config.json").get("scaling_factor", 0.18215)  # as diffusers defaults to
-    weights = _weights(clip_source(clip)[1])
+    weights = find_clip_weights(clip_source(clip)[1])
     return {"vae": _hash(find_weights(Path(vae)), f"{scaling}"), "clip": _hash(weights, "")}
 
 
@@ -38,7 +44,7 @@ def _hash(path: Path, more: str) -> str:
     digest = hashlib.sha256(more.encode())
     check_safetensors(path)
     with safe_open(path, "pt") as file:
-        names = {of_today(name, torch.empty(0))[0]: name for name in set(file.keys()) - UNREAD}
+        names = {of_today(name, torch.empty(0))[0]: name for name in set(file.keys()) - LEFT_OUT}
         for name in sorted(names):
             x = of_today(name, file.get_tensor(names[name]))[1].float()
             half = x.half()

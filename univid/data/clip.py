@@ -15,10 +15,19 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from univid.data.batch import to_device
-from univid.data.tensors import UNREAD, check_keys, clip_source, read_json, read_safetensors
+from univid.data.tensors import (
+    CLIP_WEIGHTS,
+    LEFT_OUT,
+    UNREAD,
+    check_keys,
+    clip_source,
+    find_clip_weights,
+    read_json,
+    read_safetensors,
+)
 
 CONFIG = "open_clip_config.json"
-WEIGHTS = "open_clip_model.safetensors"
+WEIGHTS = CLIP_WEIGHTS[0]
 VOCABULARY = "bpe_vocab.txt.gz"  # of a folder that has its own; open_clip's else
 
 
@@ -139,15 +148,13 @@ def load_clip(source: str | Path, dtype: torch.dtype = torch.float32) -> Clip:
         if config is None:
             raise ValueError(f"clip: {folder / CONFIG} has no model_cfg, the configuration of an open_clip model")
         _check_preprocessing(folder / CONFIG)
-    weights = _weights(folder)
+    weights = find_clip_weights(folder)
     vocabulary = folder / VOCABULARY
     clip = build_clip(config, vocabulary if vocabulary.is_file() else None)
     for key in UNREAD & clip.model.state_dict().keys():  # rather than at random
         module, _, name = key.rpartition(".")
         setattr(clip.model.get_submodule(module), name, None)
-    # open_clip used to save the mask; it is made anew.
-    unread = UNREAD | {"attn_mask", "text.attn_mask"}
-    tensors = {key: x for key, x in read_safetensors(weights).items() if key not in unread}
+    tensors = {key: x for key, x in read_safetensors(weights).items() if key not in LEFT_OUT}
     check_keys(weights, {key: x.shape for key, x in clip.model.state_dict().items()}, tensors)
     clip.model.load_state_dict(tensors)
     clip.model.to(dtype)
@@ -219,12 +226,3 @@ def _check_preprocessing(path: Path) -> None:
     for name, built_in in (("mean", open_clip.OPENAI_DATASET_MEAN), ("std", open_clip.OPENAI_DATASET_STD)):
         if list(given.get(name, built_in)) != list(built_in):
             raise ValueError(f"clip: {path}: preprocess_cfg.{name}: got {given[name]}, needs {list(built_in)}")
-
-
-def _weights(path: Path) -> Path:
-    if path.is_file() and path.suffix == ".safetensors":
-        return path
-    for name in (WEIGHTS, "open_clip_pytorch_model.safetensors", "model.safetensors"):
-        if (path / name).is_file():
-            return path / name
-    raise FileNotFoundError(f"clip: {path} has no weights as safetensors, such as {WEIGHTS}")

@@ -230,10 +230,8 @@ def _name(number: int) -> str:
 def _header(dataset: Clips, clips: range, config: DataConfig, made_with: dict[str, str]) -> dict[str, Any]:
     """What a shard is a cache of. Of a clip's file, which may be large, its size and beginning stand for the rest."""
     numbers = dataset.keep[clips.start : clips.stop]
-    files = hashlib.sha256()
     with ThreadPoolExecutor(8) as pool:
-        for part in pool.map(lambda number: _glimpse(dataset.source, number), numbers.tolist()):
-            files.update(hashlib.sha256(part).digest())
+        files = hashlib.sha256(b"".join(pool.map(lambda number: _glimpse(dataset.source, number), numbers.tolist())))
     return {
         **made_with,
         "num_frames": config.num_frames,
@@ -246,10 +244,11 @@ def _header(dataset: Clips, clips: range, config: DataConfig, made_with: dict[st
 
 
 def _glimpse(source: Shards | Folder, number: int) -> bytes:
+    """A digest."""
     try:
-        size, beginning = source.beginning(number, 2**16)
-        return f"{size} {source.caption(number)}\0".encode() + beginning
-    except (ValueError, OSError):
+        size, beginning = source.beginning(number, 2**12)
+        return hashlib.sha256(f"{size} {source.caption(number)}\0".encode() + beginning).digest()
+    except (ValueError, FileNotFoundError):
         return b""  # it is broken, and will be left out
 
 

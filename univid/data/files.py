@@ -116,6 +116,8 @@ def read_image(source: str | Path | BinaryIO | Image.Image) -> NDArray[np.uint8]
             return _rgb(ImageOps.exif_transpose(image))
     except FileNotFoundError:
         raise FileNotFoundError(f"image: {source} does not exist") from None
+    except MemoryError:
+        raise
     except Exception as error:  # of a damaged file Pillow's decoders raise nearly anything
         raise ValueError(f"image: {source} is not a picture that can be read: {error}") from None
 
@@ -127,7 +129,9 @@ def _rgb(image: Image.Image) -> NDArray[np.uint8]:
         grey = np.asarray(image)
         if grey.size and not 0 <= grey.min() <= grey.max() <= 65535:
             raise ValueError(f"numbers from {grey.min()} to {grey.max()}, more than 16 bits")
-        return np.repeat((grey / 257).round().astype(np.uint8)[..., None], 3, 2)
+        if image.mode.startswith("I;16") or grey.max(initial=0) > 255:
+            grey = (grey / 257).round()
+        return np.repeat(grey.astype(np.uint8)[..., None], 3, 2)
     if image.has_transparency_data:
         rgba = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba)

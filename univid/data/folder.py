@@ -61,7 +61,7 @@ def _rows(table: Path) -> list[dict[str, Any]]:
         if table.suffix == ".csv":
             with table.open(newline="", encoding="utf-8-sig") as file:
                 return [{name: _value(name, text) for name, text in row.items()} for row in csv.DictReader(file)]
-        with table.open(encoding="utf-8-sig") as file:  # whose lines end at \n alone: a caption may hold U+2028
+        with table.open(encoding="utf-8-sig") as file:  # splitlines() would end lines at a caption's U+2028 too
             lines = list(file)
     except (UnicodeDecodeError, csv.Error) as error:
         raise ValueError(f"data: {table} is not {table.suffix[1:].upper()}: {error}") from None

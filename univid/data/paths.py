@@ -14,6 +14,7 @@ import shutil
 import tarfile
 import tempfile
 import urllib.error
+import urllib.parse
 import urllib.request
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -22,6 +23,7 @@ from pathlib import Path
 from typing import IO
 
 from univid.data.folder import TABLES
+from univid.data.shards import INDEX
 
 _ENDINGS = (".tar", *TABLES)
 _BRACES = re.compile(r"\{([^{}]*)\}")
@@ -70,8 +72,8 @@ def _local(path: str) -> list[Path]:
         shards = [child for child in children if child.suffix == ".tar"]
         return shards or [child for child in children if child.suffix in TABLES]
     if glob.has_magic(path):
-        matches = map(Path, sorted(glob.glob(path, recursive=True)))
-        return [match for match in matches if match.suffix in _ENDINGS]  # indices lie beside their shards
+        matches = sorted(glob.glob(path, recursive=True))
+        return [Path(match) for match in matches if not match.endswith(INDEX)]  # they lie beside their shards
     if not os.path.isfile(path):
         raise FileNotFoundError(f"data: {path} does not exist")
     if Path(path).suffix not in _ENDINGS:
@@ -81,7 +83,10 @@ def _local(path: str) -> list[Path]:
 
 def fetch(url: str, cache: Path) -> Path:
     """The local copy of a URL, made if it is not there: streamed under another name, checked, renamed."""
-    name = url.partition("?")[0].rpartition("/")[2][-100:]  # a file's may have 255 bytes
+    parts = urllib.parse.urlsplit(url)
+    name = parts.path.rpartition("/")[2].encode()[-100:].decode(errors="ignore")  # a file's may have 255 bytes
+    if Path(name).suffix not in _ENDINGS:  # it may stand in the query
+        name += next((ending for ending in _ENDINGS if parts.query.endswith(ending)), "")
     target = cache / f"{sha256(url.encode()).hexdigest()[:16]}-{name}"
     if target.is_file():
         return target

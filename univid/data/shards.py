@@ -23,6 +23,7 @@ from numpy.typing import NDArray
 
 from univid.data.decode import PICTURES, VIDEOS
 
+INDEX = ".index.npz"  # behind a shard's name: what it holds, kept beside it
 HEADER = "univid.json"  # of a shard that `univid encode` wrote: what it is a cache of
 _FILES = ("media", "txt", "json")
 _VERSION = 2
@@ -91,7 +92,7 @@ def _index(path: Path, cache: Path) -> dict[str, NDArray[Any]]:
     status = path.stat()
     stamp = np.array([_VERSION, status.st_size, status.st_mtime_ns])
     places = (
-        path.with_name(f"{path.name}.index.npz"),
+        path.with_name(f"{path.name}{INDEX}"),
         cache / f"{sha256(str(path.resolve()).encode()).hexdigest()}.npz",
     )
     for place in places:

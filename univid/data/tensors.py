@@ -12,19 +12,11 @@ from safetensors.torch import load_file
 from torch import Size, Tensor
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"  # diffusers' name
-# Of a CLIP: what compares texts with pictures, and a mask that open_clip used to save. Tokens need none of it, so it is
-# neither kept nor part of a fingerprint.
-UNREAD = frozenset(
-    {
-        "visual.proj",
-        "text_projection",
-        "text.text_projection",
-        "logit_scale",
-        "logit_bias",
-        "attn_mask",
-        "text.attn_mask",
-    }
-)
+HALF_WEIGHTS = WEIGHTS.replace(".safetensors", ".fp16.safetensors")
+CLIP_WEIGHTS = ("open_clip_model.safetensors", "open_clip_pytorch_model.safetensors", "model.safetensors")
+# Of a CLIP: what compares texts with pictures. Tokens need none of it, so it is neither kept nor part of a fingerprint.
+UNREAD = frozenset({"visual.proj", "text_projection", "text.text_projection", "logit_scale", "logit_bias"})
+LEFT_OUT = UNREAD | {"attn_mask", "text.attn_mask"}  # of files: open_clip used to save the mask, which is made anew
 _OLDER = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
 
 
@@ -36,10 +28,20 @@ def clip_source(source: str | Path) -> tuple[str, Path]:
 
 def find_weights(folder: Path) -> Path:
     """The safetensors file of diffusers' folder, in full or in half precision."""
-    for name in (WEIGHTS, WEIGHTS.replace(".safetensors", ".fp16.safetensors")):
+    for name in (WEIGHTS, HALF_WEIGHTS):
         if (folder / name).is_file():
             return folder / name
     raise FileNotFoundError(f"path: {folder} has no {WEIGHTS} (pickles, such as .bin, are not read)")
+
+
+def find_clip_weights(path: Path) -> Path:
+    """A CLIP's safetensors file, or that of its folder, under one of the names in use."""
+    if path.is_file() and path.suffix == ".safetensors":
+        return path
+    for name in CLIP_WEIGHTS:
+        if (path / name).is_file():
+            return path / name
+    raise FileNotFoundError(f"clip: {path} has no weights as safetensors, such as {CLIP_WEIGHTS[0]}")
 
 
 def read_safetensors(path: Path) -> dict[str, Tensor]:
