@@ -143,11 +143,12 @@ IMPLEMENTATIONS = {
     "Stable Video Diffusion": Implementation(svd),
     "Stable Diffusion 2.1, frames as a batch": Implementation(sd21),
     "univid, CUDA graph": Implementation(ours, graph=True),  # after all that a capture broken off would disturb
+    "univid, backend triton, CUDA graph": Implementation(ours, backend="triton", graph=True),
+    "univid, backend reference": Implementation(ours, backend="reference", directions=("fwd",)),
     # What takes minutes to compile comes last.
     "univid, compiled, CUDA graph": Implementation(compiled, graph=True),
     "univid, compiled": Implementation(compiled),
     "Stable Video Diffusion, compiled": Implementation(_compiled(svd), directions=("fwd",)),
-    "univid, backend reference": Implementation(ours, backend="reference", directions=("fwd",)),
 }
 
 

@@ -92,6 +92,8 @@ def write(name: str, rows: list[dict], results: Path = RESULTS) -> Path:
     return path
 
 
+CPP = (".cu", ".cuh", ".h")
+
 # Of C++: a literal, which stays, or a comment, with the space before it.
 _LITERAL_OR_COMMENT = re.compile(r'("(?:\\.|[^"\\\n])*"|\'(?:\\.|[^\'\\\n])\')|[ \t]*(?://[^\n]*|/\*.*?\*/)', re.DOTALL)
 
@@ -101,7 +103,7 @@ def sources_sha256(operator: str) -> str:
     digest = hashlib.sha256()
     for path in sorted(sources(operator)):
         text = path.read_text()
-        if path.suffix in (".cu", ".cuh", ".h"):
+        if path.suffix in CPP:
             text = without_comments(text)
         digest.update(text.encode())
     return digest.hexdigest()
@@ -130,7 +132,17 @@ def sources(operator: str) -> list[Path]:
     )
     longer = tuple(other for other in MODULES.values() if other.startswith(name) and other != name)
     found = [path for pattern in patterns for path in ROOT.glob(pattern)]
-    return [path for path in found if not path.name.removeprefix("bench_").startswith(longer)]
+    own = [path for path in found if not path.name.removeprefix("bench_").startswith(longer)]
+    return sorted(set(own).union(*map(_included, own)))
+
+
+def _included(path: Path) -> set[Path]:
+    """What a C++ file includes of csrc, and what that does."""
+    if path.suffix not in CPP:
+        return set()
+    names = re.findall(r'^#include "(.+)"', path.read_text(), re.MULTILINE)
+    found = {(path.parent / name).resolve() for name in names}
+    return found.union(*map(_included, found))
 
 
 def _version(package: str) -> str | None:

@@ -45,7 +45,7 @@ INTRODUCTION = """\
 
 Written by `python -m benchmarks.report` from the files in `benchmarks/results/`, which `pytest benchmarks/` measures.
 
-- A time is the median of runs with a cold L2 cache, ours and the peers' in the same process. Under 1 ms it is that of a
+- A time is the median of runs with a cold L2 cache, ours and the peers' in the same process. Under 10 ms it is that of a
   CUDA graph over rotated inputs, free of launch gaps; the result files hold the eager time beside it.
 - Every output and gradient was first compared with float64, on one clip and head of attention and on all of the others.
 - TFLOP/s and GB/s count useful work: K taps, keys that are read, each input and output once. The limit is the larger of the

@@ -1,4 +1,4 @@
-"""How a time is taken: the median of cold-cache runs; under 1 ms as a CUDA graph, free of launch gaps.
+"""How a time is taken: the median of cold-cache runs; under 10 ms as a CUDA graph, free of launch gaps.
 
 A Python operator costs some tens of microseconds of CPU time, its backward by autograd up to a millisecond where the
 CPU is slow, which hides a short kernel: what counts for it is the replay of a graph in which the call stands once for
@@ -10,8 +10,9 @@ from collections.abc import Callable, Sequence
 import torch
 from triton.testing import do_bench
 
-SHORT_MS = 1.0  # what a replay is reported for
-MAYBE_SHORT_MS = 3.0  # an eager time under which the kernels may be as short, the rest being the host's
+SHORT_MS = 10.0  # what a replay is reported for
+MAYBE_SHORT_MS = 12.0  # an eager time under which the kernels may be as short, the rest being the host's
+_REPLAYED_MS = 200.0  # in all, of one measurement
 _GRAPH_BYTES = 200 << 20  # inputs of one graph replay: more than three times the L2 of an H200
 
 
@@ -21,7 +22,8 @@ def eager_ms(run: Callable[[], object], rep_ms: int = 20) -> list[float]:
 
 
 def graph_ms(runs: Sequence[Callable[[], object]], stream: torch.cuda.Stream, replays: int = 15) -> list[float]:
-    """Milliseconds of one of ``runs`` in each of several replays of a CUDA graph that holds them all.
+    """Milliseconds of one of ``runs`` in each of several replays of a CUDA graph that holds them all; fewer where they
+    are long.
 
     Whatever autograd needs must have been recorded on ``stream``: a backward runs where its forward ran.
     """
@@ -34,8 +36,8 @@ def graph_ms(runs: Sequence[Callable[[], object]], stream: torch.cuda.Stream, re
             for run in runs:
                 run()
         graph.replay()
-        times = []
-        for _ in range(replays):
+        times: list[float] = []
+        while len(times) < replays and (len(times) < 5 or sum(times) * len(runs) < _REPLAYED_MS):
             start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
             start.record()
             graph.replay()

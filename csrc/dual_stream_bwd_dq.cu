@@ -393,7 +393,8 @@ void launch(const DualStreamBackward& call, const Queries& queries, float* stati
   } else {
     args.reads_out = false;
     run(std::integral_constant<Pass, kDelta>{});
-    if (dq) run(std::integral_constant<Pass, kGradient>{});
+    if constexpr (C::of_stream(0) > 1 || C::of_stream(1) > 1)  // else it is exact
+      if (dq) run(std::integral_constant<Pass, kGradient>{});
   }
 }
 

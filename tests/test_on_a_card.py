@@ -1,10 +1,12 @@
 """The operators on a GPU: compiled, captured, in streams and threads, watched by compute-sanitizer."""
 
 import os
+import re
 import shutil
 import subprocess
 import sys
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
@@ -201,29 +203,99 @@ def test_another_device(case, backend):
 # --- compute-sanitizer
 
 
-def run_cuda_kernels():
-    """Every CUDA kernel, on shapes with remainders; what compute-sanitizer watches. Prints how many calls ran."""
-    ran = 0
+def cuda_calls(dtype):
+    """(case, inputs, the names whose gradients are asked for, options), on shapes with remainders."""
+    sizes = [
+        (1, 1, 1, 8),
+        (5, 7, 3, 64),
+        (16, 3, 1, 128),
+        (1, 37, 2, 64),
+        (24, 37, 2, 64),
+        (33, 2, 1, 40),
+        (64, 3, 1, 64),
+    ]
+    more = {
+        "temporal": [(16, 2, 1, 32), (24, 2, 1, 32), (24, 2, 1, 40), (24, 2, 1, 128)],  # T and D known to the compiler
+        "pyramid": [(1, 200, 2, 64), (12, 200, 2, 64)],  # four warpgroups; the second leaves no round of tiles to share
+        "norm": [(1, 2880, 1, 160)],
+    }
     attention = ("temporal", "temporal_qkv", "pyramid", "pyramid_qkv", "dual", "dual-text")
     for case in (*attention, "conv", "norm", "norm-float32"):
-        for dtype in (torch.bfloat16, torch.float16):
-            for frames, tokens, heads, dim in (
-                (1, 1, 1, 8),
-                (5, 7, 3, 64),
-                (16, 3, 1, 128),
-                (1, 37, 2, 64),
-                (24, 37, 2, 64),
-                (33, 2, 1, 40),
-                (64, 3, 1, 64),
-                *([(1, 2880, 1, 160)] if case == "norm" else ()),
-            ):
-                inputs = arguments(case, dtype=dtype, B=2, T=frames, N=tokens, H=heads, D=dim)
-                inputs = {name: x.cuda() if isinstance(x, Tensor) else x for name, x in inputs.items()}
-                if refusal(case, inputs, "cuda") is None:
-                    differentiate(case, inputs, backend="cuda")
+        for frames, tokens, heads, dim in sizes + more.get(case, []):
+            inputs = arguments(case, dtype=dtype, B=2, T=frames, N=tokens, H=heads, D=dim)
+            yield case, inputs, tuple(leaves(inputs)), {}
+
+    inputs = arguments("pyramid", dtype=dtype, N=37, D=64)
+    yield "pyramid", inputs, ("q", "k", "v"), {"deterministic": True}
+    for asked in (("q",), ("k",), ("v",), ("k", "v")):
+        yield "pyramid", inputs, asked, {}
+
+    def random(*shape):
+        return torch.randn(shape, dtype=dtype)
+
+    # One to four tiles of keys; what an output rounded to 16 bits cannot tell has a pass of its own.
+    for text, image in ((9, 11), (9, 0), (100, 0), (200, 0), (300, 0), (9, 100), (9, 200), (200, 9), (9, 260)):
+        keys = {f"{x}_text": random(2, text, 2, 64) for x in "kv"}
+        keys |= {f"{x}_image": random(2, image, 2, 64) if image else None for x in "kv"}
+        inputs = {"q": random(2, 3, 37, 2, 64), **keys}
+        weights = {"text_weight": random(2, 3)} | ({"image_weight": random(2, 1)} if image else {})
+        for asked in (("q", "k_text", "v_text"), ("q",), ("k_text",), ("v_text",)):
+            yield "dual", inputs, asked, {}
+        yield "dual", inputs | weights, ("q", "v_text", *weights), {}
+
+    # Tiles that are cut: of the output and x's gradient, and of the weight's.
+    for clips, frames, tokens, channels, channels_out, taps in ((2, 16, 10, 640, 328, 9), (8, 24, 37, 72, 328, 3)):
+        x, weight = random(clips, frames, tokens, channels), random(channels_out, taps, channels).transpose(1, 2)
+        inputs = {"x": x, "weight": weight, "bias": random(channels_out), "residual": None}
+        yield "conv", inputs, ("x", "weight", "bias"), {}
+
+
+def run_cuda_kernels():
+    """Every CUDA kernel; what compute-sanitizer watches. Prints how many calls ran."""
+    from univid.kernels.cuda import temporal_conv
+
+    ran = 0
+    for dtype in (torch.bfloat16, torch.float16):
+        for case, inputs, asked, options in cuda_calls(dtype):
+            on_host = {name: x for name, x in inputs.items() if isinstance(x, Tensor)}
+            inputs = inputs | {name: x.detach().cuda() for name, x in on_host.items()}
+            if refusal(case, inputs, "cuda") is not None:
+                continue
+            for tiling in range(-1, 5) if case == "conv" else (-1,):
+                with mock.patch.object(temporal_conv, "_CHOSEN", tiling):
+                    wanted = [inputs[name].requires_grad_() for name in asked]
+                    out = apply(case, inputs, backend="cuda", **options)
+                    torch.autograd.grad(out, wanted, incoming(out.detach()))
                     ran += 1
     torch.cuda.synchronize()
     print(f"{ran} calls ran")
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(sys.platform != "linux", reason="needs Triton's cuobjdump")
+def test_every_cuda_kernel_runs():
+    """Of those that are compiled for this card, under what compute-sanitizer watches."""
+    import triton
+
+    from univid.kernels.cuda import extension
+
+    need("temporal", on_card("temporal"), "cuda")
+    listing = subprocess.run(
+        [triton.knobs.nvidia.cuobjdump.path, "-symbols", extension().__file__],
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout
+    hopper = torch.cuda.get_device_capability() == (9, 0)
+    compiled = set()
+    for code in listing.split("Fatbin elf code:")[1:]:
+        if re.search(r"arch = sm_9\d" if hopper else r"arch = sm_8\d", code):
+            compiled |= set(re.findall(r"STO_ENTRY\s+(\w+)$", code, re.MULTILINE))
+    assert len(compiled) > 20
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        run_cuda_kernels()
+    ran = {event.key for event in profile.key_averages()}
+    assert not {torch._C._demangle(name) for name in compiled} - ran
 
 
 @pytest.mark.gpu
