@@ -129,15 +129,6 @@ __device__ void feed(const Arguments& args, Shared& shared) {
   }
 }
 
-// Those of 64 queries' numbers that belong to a lane's columns of an accumulator.
-template <int kBegin, int kEnd>
-__device__ void load_columns(float2 (&x)[8], const float* from) {
-  const uint32_t address = static_cast<uint32_t>(__cvta_generic_to_shared(from)) + threadIdx.x % 4 * 8;
-#pragma unroll
-  for (int j = kBegin; j < kEnd; j++)
-    asm volatile("ld.shared.v2.f32 {%0, %1}, [%2];" : "=f"(x[j].x), "=f"(x[j].y) : "r"(address + 32 * j) : "memory");
-}
-
 template <typename Element, class C>
 __device__ void consume(const Arguments& args, Shared& shared, int w) {
   const int warp = threadIdx.x / 32 % 4;
@@ -322,15 +313,9 @@ int count_parts(int64_t length) { return static_cast<int>((length + kPart - 1) /
 
 int count_units(int parts) { return (parts + kUnits * kUnitParts - 1) / (kUnits * kUnitParts); }
 
-int processors_of(int device) {
-  int processors = 0;
-  check(cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device), "cudaDeviceGetAttribute");
-  return processors;
-}
-
 Ranges make_ranges(const Queries& queries, int units_per_line, int device) {
   const int64_t units = int64_t{queries.num_tiles} / queries.tiles_per_line * units_per_line;
-  const int blocks = count_blocks(units, queries.tiles_per_line, processors_of(device), 1, 4);
+  const int blocks = count_blocks(units, queries.tiles_per_line, num_processors(device), 1, 4);
   return {units * queries.tiles_per_line, blocks, queries.tiles_per_line};
 }
 
@@ -376,21 +361,12 @@ void launch_keys(const DualStreamBackward& call, const Queries& queries, const f
   const auto kernel = backward_keys<Element, C>;
   static OncePerDevice once;
   prepare(once, kernel, device);
-  launch_early(kernel, args.ranges.blocks, (kUnits + 1) * 128, sizeof(Shared) + 1024, stream, args);
+  launch_early(kWhat, kernel, args.ranges.blocks, (kUnits + 1) * 128, sizeof(Shared) + 1024, stream, args);
 
-  const int64_t units = args.ranges.tiles / args.ranges.per_unit;
-  cudaLaunchAttribute attribute{};
-  attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-  attribute.val.programmaticStreamSerializationAllowed = 1;
-  cudaLaunchConfig_t config{};
-  config.gridDim = dim3(static_cast<unsigned>(units * kUnits), C::kSums);
-  config.blockDim = dim3(128);
-  config.stream = stream;
-  config.attrs = &attribute;
-  config.numAttrs = 1;
-  check(cudaLaunchKernelEx(&config, add_sums<Element>, results, args.ranges, reinterpret_cast<const float4*>(args.sums),
-                           int{C::kSums}, bool{C::kDK}, args.parts[0], args.units_per_line, queries.heads),
-        "dual_stream_attn backward");
+  const auto units = static_cast<unsigned>(args.ranges.tiles / args.ranges.per_unit);
+  launch_early(kWhat, add_sums<Element>, {units * kUnits, C::kSums}, 128, 0, stream, results, args.ranges,
+               reinterpret_cast<const float4*>(args.sums), int{C::kSums}, bool{C::kDK}, args.parts[0],
+               args.units_per_line, queries.heads);
 }
 
 template <typename Element>
@@ -417,7 +393,7 @@ int64_t dual_stream_attn_workspace(const DualStreamShape& shape, bool one_query,
   const DeviceGuard guard(device);
   const Queries queries(shape, one_query);
   const int64_t units = shape.batch * shape.heads * count_units(count_parts(first_length) + count_parts(second_length));
-  const int64_t sums = (units + processors_of(device)) * kUnits * 2;
+  const int64_t sums = (units + num_processors(device)) * kUnits * 2;
   return 4 * (int64_t{queries.num_tiles} * kStatistics + sums * kUnitFloats);
 }
 

@@ -371,10 +371,8 @@ void launch(const DualStreamBackward& call, const Queries& queries, float* stati
   args.scale = shape.scale;
   args.scale_log2 = shape.scale * static_cast<float>(M_LOG2E);
 
-  int processors = 0;
-  check(cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device), "cudaDeviceGetAttribute");
-  const int blocks =
-      count_blocks(queries.num_tiles / queries.tiles_per_line, queries.tiles_per_line, processors, kGroups, 1);
+  const int blocks = count_blocks(queries.num_tiles / queries.tiles_per_line, queries.tiles_per_line,
+                                  num_processors(device), kGroups, 1);
   const size_t shared_bytes = sizeof(Shared<C>) + 1024;
   const auto run = [&](auto pass) {
     constexpr Pass kPass = decltype(pass)::value;
@@ -382,10 +380,10 @@ void launch(const DualStreamBackward& call, const Queries& queries, float* stati
     static OncePerDevice once;
     prepare(once, kernel, device);
     if (kPass == kGradient)
-      launch_early(kernel, blocks, kGroups * 128, shared_bytes, stream, args);
+      launch_early(kWhat, kernel, blocks, kGroups * 128, shared_bytes, stream, args);
     else
       kernel<<<blocks, kGroups * 128, shared_bytes, stream>>>(args);
-    check(cudaGetLastError(), "dual_stream_attn backward");
+    check(cudaGetLastError(), kWhat);
   };
   const bool dq = call.dq.data != nullptr;
   if (dq && is_exact) {

@@ -395,9 +395,8 @@ void launch(const DualStreamForward& call, const KeyStream (&streams)[2], int de
   const auto kernel = forward<Element, C>;
   static OncePerDevice once;
   prepare(once, kernel, device);
-  int processors = 0;
-  check(cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device), "cudaDeviceGetAttribute");
-  const int blocks = count_blocks(shape.batch * shape.heads, queries.tiles_per_line, processors, kGroups, 2);
+  const int blocks =
+      count_blocks(shape.batch * shape.heads, queries.tiles_per_line, num_processors(device), kGroups, 2);
   kernel<<<blocks, kGroups * 128, sizeof(Shared<C>) + 1024, stream>>>(args);
   check(cudaGetLastError(), "dual_stream_attn forward");
 }

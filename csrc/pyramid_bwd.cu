@@ -199,8 +199,8 @@ void launch_keys(const PyramidBackward& call, const QueryTiles& queries, const W
   const auto kernel = backward<Element, C>;
   static OncePerDevice once;
   prepare(once, kernel, device);
-  launch_early(kernel, std::min(args.num_tiles, num_processors(device)), C::kThreads, sizeof(Shared<C>) + 1024, stream,
-               args);
+  launch_early(kWhat, kernel, std::min(args.num_tiles, num_processors(device)), C::kThreads,
+               sizeof(Shared<C>) + 1024, stream, args);
 }
 
 template <typename Element>
@@ -217,13 +217,13 @@ void launch(const PyramidBackward& call, int device, cudaStream_t stream) {
   prepare_queries<Element><<<static_cast<unsigned>(queries.count), 256, 0, stream>>>(
       static_cast<const Element*>(call.out), call.grad, call.logsumexp, workspace.statistics,
       reinterpret_cast<float4*>(workspace.dq), workspace.counters, heads, groups, rows, per_group);
-  check(cudaGetLastError(), "pyramid_st_attn backward");
+  check(cudaGetLastError(), kWhat);
   if (fused) {
     launch_keys<Element, Config<true, true, true>>(call, queries, workspace, device, stream);
     const TensorMap map =
         tensor_map(call.dq, shape.dtype, shape.batch, queries.groups, queries.rows, shape.heads, kUnit);
-    launch_early(finish_dq<Element>, queries.count, 128, 0, stream, map, reinterpret_cast<const float4*>(workspace.dq),
-                 shape.scale, heads, groups, per_group);
+    launch_early(kWhat, finish_dq<Element>, static_cast<unsigned>(queries.count), 128, 0, stream, map,
+                 reinterpret_cast<const float4*>(workspace.dq), shape.scale, heads, groups, per_group);
     return;
   }
   if (dk && dv)

@@ -1,13 +1,15 @@
-// What the kernels of pyramid attention's backward share: how they keep facts about queries, and how they follow each
-// other.
+// What the kernels of pyramid attention's backward share: how they keep facts about queries.
 #pragma once
 
 #include <cstdint>
 #include <stdexcept>
 
+#include "hopper/launch.cuh"
 #include "pyramid.h"
 
 namespace univid {
+
+constexpr char kWhat[] = "pyramid_st_attn backward";  // in errors
 
 constexpr int kUnit = 64;                   // queries of a tile; keys of a warpgroup
 constexpr int kTileBytes = kUnit * 64 * 2;  // 64 tokens of one head
@@ -28,26 +30,6 @@ struct QueryTiles {
     if (count > INT32_MAX) throw std::invalid_argument("too many queries");
   }
 };
-
-// Launches a kernel that may begin before the one ahead of it in the stream has ended, and waits itself.
-template <typename... Parameters>
-void launch_early(void (*kernel)(Parameters...), int64_t blocks, int threads, size_t shared_bytes, cudaStream_t stream,
-                  std::type_identity_t<Parameters>... parameters) {
-  cudaLaunchAttribute attribute{};
-  attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-  attribute.val.programmaticStreamSerializationAllowed = 1;
-  cudaLaunchConfig_t config{};
-  config.gridDim = dim3(static_cast<unsigned>(blocks));
-  config.blockDim = dim3(threads);
-  config.dynamicSmemBytes = shared_bytes;
-  config.stream = stream;
-  config.attrs = &attribute;
-  config.numAttrs = 1;
-  check(cudaLaunchKernelEx(&config, kernel, parameters...), "pyramid_st_attn backward");
-}
-
-__device__ inline void let_next_begin() { asm volatile("griddepcontrol.launch_dependents;" ::: "memory"); }
-__device__ inline void wait_for_former() { asm volatile("griddepcontrol.wait;" ::: "memory"); }
 
 // dQ alone, in a fixed order (pyramid_bwd_dq.cu), from the statistics of all tiles of queries.
 void pyramid_st_attn_dq(const PyramidBackward& args, const float* statistics, int device, cudaStream_t stream);

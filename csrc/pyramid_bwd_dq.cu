@@ -205,8 +205,8 @@ void launch(const PyramidBackward& call, const float* statistics, int device, cu
   const auto kernel = backward_dq<Element>;
   static OncePerDevice once;
   prepare(once, kernel, device);
-  launch_early(kernel, std::min(args.num_tiles, num_processors(device)), (kGroups + 1) * 128, sizeof(Shared) + 1024,
-               stream, args);
+  launch_early(kWhat, kernel, std::min(args.num_tiles, num_processors(device)), (kGroups + 1) * 128,
+               sizeof(Shared) + 1024, stream, args);
 }
 
 }  // namespace

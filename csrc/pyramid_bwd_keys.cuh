@@ -95,15 +95,6 @@ __device__ void clear_unlisted(char* tile, const float (&weights)[2], int warp, 
     }
 }
 
-// Those of a tile's statistics that belong to a lane's columns of an accumulator.
-template <int kBegin, int kEnd>
-__device__ void load_columns(float2 (&x)[8], const float* from) {
-  const uint32_t address = static_cast<uint32_t>(__cvta_generic_to_shared(from)) + threadIdx.x % 4 * 8;
-#pragma unroll
-  for (int j = kBegin; j < kEnd; j++)
-    asm volatile("ld.shared.v2.f32 {%0, %1}, [%2];" : "=f"(x[j].x), "=f"(x[j].y) : "r"(address + 32 * j) : "memory");
-}
-
 template <typename Element, class C>
 __device__ void consume(const Arguments& args, Shared<C>& shared, int w) {
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32 % 4;

@@ -11,26 +11,10 @@
 #include <cstdint>
 #include <type_traits>
 
+#include "../row.cuh"
 #include "wgmma.cuh"
 
 namespace univid::hopper {
-
-__device__ inline float exp2_fast(float x) {
-  float y;
-  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
-  return y;
-}
-
-// Over the four lanes that hold a row.
-__device__ inline float row_max(float x) {
-  x = fmaxf(x, __shfl_xor_sync(~0u, x, 1));
-  return fmaxf(x, __shfl_xor_sync(~0u, x, 2));
-}
-
-__device__ inline float row_sum(float x) {
-  x += __shfl_xor_sync(~0u, x, 1);
-  return x + __shfl_xor_sync(~0u, x, 2);
-}
 
 // Each lane holds a quarter of two rows, 8 apart: [0] and [1] of the arrays of two.
 template <typename Element, int kKeys>

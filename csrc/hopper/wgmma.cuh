@@ -281,4 +281,13 @@ __device__ inline void store_tile(void* tile, const float (&d)[32], int warp, in
   store_tile(tile, a, warp, lane);
 }
 
+// Those of 64 numbers in shared memory that belong to a lane's columns of an accumulator.
+template <int kBegin, int kEnd>
+__device__ void load_columns(float2 (&x)[8], const float* from) {
+  const uint32_t address = static_cast<uint32_t>(__cvta_generic_to_shared(from)) + threadIdx.x % 4 * 8;
+#pragma unroll
+  for (int j = kBegin; j < kEnd; j++)
+    asm volatile("ld.shared.v2.f32 {%0, %1}, [%2];" : "=f"(x[j].x), "=f"(x[j].y) : "r"(address + 32 * j) : "memory");
+}
+
 }  // namespace univid::hopper
