@@ -4,11 +4,11 @@ import torch
 import torch.nn.functional as F
 
 from benchmarks.harness import Implementation, Problem, Tensors, ours
-from benchmarks.levels import LEVELS, Level
+from benchmarks.levels import LEVELS, SMALL, Level
 from univid.ops import reference, temporal_conv
 
 OP = "temporal_conv"
-SHAPES = LEVELS
+SHAPES = LEVELS | SMALL
 BATCHES = (1, 2)
 VARIANTS = {"epilogue": ("none", "bias + residual")}  # the residual is the input, as in the U-Net
 

@@ -29,6 +29,12 @@ LEVELS = UNET | {
     "n4096_t8": Level(8, 4096, 8, 2, 512, 3),
     "n256_t64": Level(64, 256, 16, 16, 1024, 5),
 }
+# The levels of the small model `shapes`, 64 clips of 16 frames as the tokens of one: to temporal_conv, rows are rows.
+SMALL = {
+    "c64": Level(16, 64 * 256, 2, 4, 64, 3, 32),
+    "c96": Level(16, 64 * 64, 3, 8, 96, 5, 32),
+    "c128": Level(16, 64 * 16, 4, 16, 128, 7, 32),
+}
 QUICK = ("f1", "f4")
 
 # Growth from T = 16, N = 1024, R = 4: by axis, the sizes on it.

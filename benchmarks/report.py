@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from benchmarks import report_models
-from benchmarks.levels import LEVELS, UNET
+from benchmarks.levels import LEVELS, SMALL, UNET
 from benchmarks.record import MODELS, MODULES, RESULTS, ROOT, sources_sha256
 from univid.kernels import measured
 
@@ -152,9 +152,10 @@ def compared(result: Result) -> dict[Cell, tuple[dict | None, dict | None]]:
 
 def _shape_class(module: str, cell: Cell) -> str | None:
     """What a cell's choice of a backend is filed by; None of the sizes that only show how time grows."""
-    if cell.level not in LEVELS:
+    levels = LEVELS | SMALL
+    if cell.level not in levels:
         return None
-    sizes = LEVELS[cell.level]._asdict() | {"epilogue": cell.variant != "none"}
+    sizes = levels[cell.level]._asdict() | {"epilogue": cell.variant != "none"}
     return measured.shape_class(module, **{name: sizes[name] for name in measured.SIZES[module]})
 
 
