@@ -24,7 +24,8 @@ from univid.kernels.triton.launch import Config, Tuned, cdiv, next_power_of_2
 
 _MAX_CHANNELS = 8192  # a row in the registers of 16 warps
 _MAX_PROGRAMS = 1056  # of the backward, 8 for each processor of an H200; each leaves 2·C sums
-_MIN_RUN = 16  # rows of a backward's program, so that its sums are few beside what it reads
+_RUN = 16  # rows of a backward's program, so that its sums are few beside what it reads; less where that is no wave
+_WAVE = 264  # programs
 
 
 @triton.jit
@@ -69,7 +70,7 @@ def _forward(
 def _backward(
     x_ptr, grad_ptr, grad_total_ptr, weight_ptr, dx_ptr, sums_ptr,
     stride, stride_grad, stride_grad_total, stride_weight, rows, run, eps,
-    C: tl.constexpr, ALIGN: tl.constexpr, COLUMNS: tl.constexpr, ROWS: tl.constexpr,
+    C: tl.constexpr, ALIGN: tl.constexpr, COLUMNS: tl.constexpr, ROWS: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     first = tl.program_id(0).to(tl.int64) * run
     end = tl.minimum(first + run, rows)
@@ -78,7 +79,7 @@ def _backward(
     weight = per_channel(weight_ptr, c, stride_weight, has_c)
     grad_sum = tl.zeros((ROWS, COLUMNS), tl.float32)
     grad_x_sum = tl.zeros((ROWS, COLUMNS), tl.float32)
-    for start in range(0, run, ROWS):
+    for start in tl.range(0, run, ROWS, num_stages=STAGES):  # later rows are on their way
         m = first + start + tl.arange(0, ROWS)
         mask = (m < end)[:, None] & has_c[None, :]
         x = tl.load(_row_at(x_ptr, m, c, stride, ALIGN), mask=mask, other=0.0).to(tl.float32)
@@ -106,16 +107,19 @@ def _columns(channels: int) -> int:
     return max(next_power_of_2(channels), 32)
 
 
-def _configs(key: dict, order: tuple[tuple[int, int], ...]) -> list[Config]:
+def _configs(key: dict, order: tuple[tuple[int, int], ...], **constants: int) -> list[Config]:
     """Tiles that hold at least a row, by ``order``: warps, and numbers a thread."""
     columns = _columns(key["C"])
     tiles = [(warps, 32 * warps * numbers // columns) for warps, numbers in order]
     tiles = [(warps, rows) for warps, rows in tiles if rows] or [(16, 1)]
-    return [Config({"COLUMNS": columns, "ROWS": rows}, num_warps=warps, num_stages=1) for warps, rows in tiles]
+    return [Config({"COLUMNS": columns, "ROWS": rows} | constants, warps, num_stages=1) for warps, rows in tiles]
 
 
 _FORWARD = Tuned(_forward, lambda key: _configs(key, ((4, 16), (8, 16), (2, 16), (4, 32))))
-_BACKWARD = Tuned(_backward, lambda key: _configs(key, ((2, 16), (2, 32), (4, 16), (8, 16), (4, 32))))
+_BACKWARD = Tuned(
+    _backward,
+    lambda key: [c for stages in (3, 2) for c in _configs(key, ((2, 16), (2, 32), (4, 32)), STAGES=stages)],
+)
 _AFFINE_GRADIENTS = Tuned(affine_gradients, lambda _: [Config({"COLUMNS": 8, "ROWS": 256}, num_warps=8, num_stages=1)])
 
 
@@ -156,7 +160,7 @@ def backward(
 ) -> None:
     x, grad, grad_total = _rows(call.x), _rows(grad), _rows(grad_total)
     channels = x.shape[1]
-    run = max(cdiv(len(x), _MAX_PROGRAMS), _MIN_RUN, 4096 // _columns(channels))
+    run = max(cdiv(len(x), _MAX_PROGRAMS), min(_RUN, cdiv(len(x), _WAVE)), 4096 // _columns(channels))
     programs = cdiv(len(x), run)
     affine = dweight is not None or dbias is not None
     sums = x.new_empty((programs, 2, channels), dtype=torch.float32) if affine else None
