@@ -199,8 +199,8 @@ void launch_keys(const PyramidBackward& call, const QueryTiles& queries, const W
   const auto kernel = backward<Element, C>;
   static OncePerDevice once;
   prepare(once, kernel, device);
-  launch_early(kWhat, kernel, std::min(args.num_tiles, num_processors(device)), C::kThreads,
-               sizeof(Shared<C>) + 1024, stream, args);
+  launch_early(kWhat, kernel, std::min(args.num_tiles, num_processors(device)), C::kThreads, sizeof(Shared<C>) + 1024,
+               stream, args);
 }
 
 template <typename Element>
