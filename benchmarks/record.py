@@ -36,6 +36,7 @@ MODELS = {
         "univid/model/*.py",
         "univid/model/configs/sd21.toml",
         "univid/pipeline.py",
+        "univid/schedulers.py",
         "univid/guidance.py",
         "univid/graphs.py",
         "univid/data/autoencoder.py",

@@ -15,7 +15,7 @@ from tests.small_pipeline import RED, SETTINGS, frames, interrupt, make, make_un
 from univid import UniVidPipeline, pipeline
 from univid.graphs import Graphed
 from univid.guidance import guide, passes
-from univid.pipeline import SCHEDULERS
+from univid.schedulers import SCHEDULERS
 
 
 @pytest.fixture(scope="module")

@@ -20,7 +20,7 @@ from univid.data.autoencoder import load_autoencoder
 from univid.data.clip import CONFIG, VOCABULARY, WEIGHTS, build_clip
 from univid.data.files import read_video
 from univid.model import ImageAdapter
-from univid.pipeline import SCHEDULERS
+from univid.schedulers import SCHEDULERS
 
 
 @pytest.fixture(scope="module")

@@ -123,9 +123,9 @@ class Parts:
     def scheduler(self) -> dict[str, Any]:
         if self.folder is None:
             return SCHEDULE | {"prediction_type": UNetConfig.load(self.model.unet).prediction_type}
-        from univid.pipeline import _scheduler_config
+        from univid.schedulers import read_schedule
 
-        return _scheduler_config(self.folder / "scheduler")
+        return read_schedule(self.folder / "scheduler")
 
     @cached_property
     def settings(self) -> Settings:

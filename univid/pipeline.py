@@ -16,7 +16,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, EulerDiscreteScheduler
 from einops import rearrange
 from PIL import Image
 from torch import Tensor
@@ -31,8 +30,8 @@ from univid.graphs import Graphed, Pace, graph_key
 from univid.guidance import Pass, Weight, absent, by_level, guide, passes, scalar
 from univid.model import ImageAdapter, UNet, load_sd21
 from univid.model.config import typed
+from univid.schedulers import SCHEDULERS, chosen, read_schedule, sampler_of, write_schedule
 
-SCHEDULERS = {"ddim": DDIMScheduler, "dpm++": DPMSolverMultistepScheduler, "euler": EulerDiscreteScheduler}
 SETTINGS = "generation.json"
 
 Given = tuple[int, tuple, dict[str, Any]]  # of a batch of passes: their number, the U-Net's keys, and its options
@@ -88,7 +87,7 @@ class UniVidPipeline:
         settings: Settings | None = None,
     ):
         self.unet, self.adapter, self.vae, self.clip = unet.eval(), adapter.eval(), vae, clip
-        self.scheduler = _chosen(scheduler)
+        self.scheduler = chosen(scheduler)
         self.settings = settings or Settings()
         self.low_memory = (
             False  # passes one by one, single frames to decode, and CLIP on the device only while it works
@@ -111,7 +110,7 @@ class UniVidPipeline:
             ImageAdapter.from_pretrained(path / "image_adapter", torch_dtype=torch_dtype),
             load_autoencoder(path / "vae", torch_dtype),
             load_clip(path / "clip", torch_dtype),
-            _scheduler_config(path / "scheduler"),
+            read_schedule(path / "scheduler"),
             read_settings(path / SETTINGS),
         )._fitting(path)
 
@@ -133,7 +132,7 @@ class UniVidPipeline:
             adapter.to(torch_dtype),
             load_autoencoder(sd_path / "vae", torch_dtype),
             clip,
-            _scheduler_config(sd_path / "scheduler"),
+            read_schedule(sd_path / "scheduler"),
         )._fitting(sd_path)
 
     def _fitting(self, path: Path) -> UniVidPipeline:
@@ -172,11 +171,7 @@ class UniVidPipeline:
         self.adapter.save_pretrained(path / "image_adapter")
         self.vae.save(path / "vae")
         self.clip.save(path / "clip")
-        schedule = {"_class_name": "DDIMScheduler"} | self.scheduler
-        (path / "scheduler").mkdir()
-        (path / "scheduler" / "scheduler_config.json").write_text(
-            json.dumps(schedule, indent=2, default=np.ndarray.tolist) + "\n"  # betas may be an array
-        )
+        write_schedule(self.scheduler, path / "scheduler")
         (path / SETTINGS).write_text(json.dumps(asdict(self.settings), indent=1) + "\n")
 
         def replaced(folder: str, names: list[str]) -> set[str]:
@@ -254,7 +249,7 @@ class UniVidPipeline:
             image_guidance_scale=image_guidance_scale,
             guidance_rescale=guidance_rescale,
         )
-        sampler = self._sampler(s)
+        sampler = sampler_of(s.scheduler, self.scheduler, s.steps)
         levels = self.unet.config.factors
         weights = {
             "text": by_level("text_weight", text_weight, levels, s.num_frames),
@@ -414,20 +409,6 @@ class UniVidPipeline:
             raise ValueError(f"guidance_rescale: got {s.guidance_rescale}; a number in [0, 1] needed")
         return s
 
-    def _sampler(self, s: Settings) -> Any:
-        """The scheduler with its time steps, on the CPU: it reads them, and a number on a GPU has to be waited for."""
-        sampler = SCHEDULERS[s.scheduler].from_config(self.scheduler)
-        sampler.set_timesteps(s.steps)
-        times, most = sampler.timesteps, sampler.config.num_train_timesteps - 1
-        levels = getattr(sampler, "sigmas", times)[: s.steps]
-        # Rounded and shifted, they may be too many, beyond the ends, or twice the same.
-        if len(times) != s.steps or times.min() < 0 or times.max() > most or len(levels.unique()) < s.steps:
-            raise ValueError(
-                f"steps: got {s.steps}; {s.scheduler} finds no {s.steps} different time steps from 0 to {most} with the"
-                f" checkpoint's {sampler.config.timestep_spacing} spacing; another number needed"
-            )
-        return sampler
-
     @contextmanager
     def _clip_on_device(self) -> Iterator[None]:
         """In low-memory mode only for so long: its weights are then the ones on the CPU again, and not copied back."""
@@ -494,30 +475,6 @@ def _link(source: str, target: str) -> None:
         os.link(source, target)
     except OSError:
         shutil.copy2(source, target)
-
-
-def _scheduler_config(folder: Path) -> dict[str, Any]:
-    path = folder / "scheduler_config.json"
-    config = _chosen(read_json(path))
-    try:
-        schedule = DDIMScheduler.from_config(config)
-    except Exception as error:  # diffusers checks few of the values
-        raise ValueError(f"scheduler: {path} is not of a diffusers scheduler: {error}") from None
-    betas, steps = schedule.betas, schedule.config.num_train_timesteps
-    if len(betas) != steps or not ((betas >= 0) & (betas <= 1)).all():
-        raise ValueError(
-            f"scheduler: {path}: got {len(betas)} betas, {betas.min():g} to {betas.max():g}; needs {steps}, 0 to 1"
-        )
-    return config
-
-
-def _chosen(config: dict[str, Any]) -> dict[str, Any]:
-    """A scheduler's config without what diffusers notes in it and fills in: every scheduler has defaults of its own."""
-    filled = config.get("_use_default_values", ())
-    # DDIM clips by default what it takes for pixels; the configuration of another scheduler says nothing of it.
-    return {"clip_sample": False} | {
-        key: value for key, value in config.items() if not key.startswith("_") and key not in filled
-    }
 
 
 def read_settings(path: Path) -> Settings:
