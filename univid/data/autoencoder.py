@@ -92,6 +92,8 @@ def load_autoencoder(folder: str | Path, dtype: torch.dtype = torch.float32) -> 
     config = read_json(folder / "config.json")
     try:
         vae = AutoencoderKL.from_config(config)
+    except ImportError:
+        raise
     except Exception as error:  # diffusers checks few of the values
         raise ValueError(f"vae: {folder / 'config.json'} is not of diffusers' AutoencoderKL: {error}") from None
     weights = find_weights(folder)
