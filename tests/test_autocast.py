@@ -65,6 +65,19 @@ def test_autocast_that_is_off(case):
         torch.testing.assert_close(apply(case, inputs), expected)
 
 
+def test_autocast_of_what_is_given_twice():
+    """x, as the residual too, is cast once and stays one tensor, so that both gradients come in one pass."""
+    inputs = arguments("conv")
+    x = inputs["x"].requires_grad_()
+    inputs |= {"weight": inputs["weight"][: x.shape[-1]], "bias": None, "residual": x}
+    with torch.autocast("cpu", torch.bfloat16):
+        out = apply("conv", inputs)
+    assert out.grad_fn.adds_grad
+    with torch.autocast("cpu", torch.bfloat16):
+        other = apply("conv", inputs | {"residual": x.clone()})
+    torch.testing.assert_close(out, other)
+
+
 def test_autocast_compiled():
     inputs = arguments("pyramid")
 

@@ -328,6 +328,13 @@ def test_entry_out_of_range(operator, entry, shape, dtype, backend):
     assert str(entry) in message and f"[0, {T})" in message
 
 
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.uint16, torch.uint32, torch.uint64], ids=str)
+@pytest.mark.parametrize("operator", PYRAMIDS)
+def test_entries_without_sign(operator, dtype):
+    run(operator, refs=torch.tensor([0, T - 1]).to(dtype))
+    assert str(T) in refused(ValueError, "refs", operator, refs=torch.tensor([0, T]).to(dtype))
+
+
 @pytest.mark.parametrize("entry", [2**31, 2**32, -(2**32), 2**62])
 def test_entry_beyond_32_bits(entry):
     table = torch.tensor([entry])

@@ -193,6 +193,17 @@ def test_asked_for_by_name_nothing_falls_back(backends, by_environment, monkeypa
     assert choose("cuda", "forward") is backends["cuda"]
 
 
+@every_operator
+def test_the_environment_counts_at_the_forward(operator, runs, monkeypatch):
+    """The backward runs where its forward did: the logsumexp of the torch backend, for one, is nothing to a kernel."""
+    args = [x.requires_grad_() if isinstance(x, torch.Tensor) else x for x in calls()[operator]]
+    monkeypatch.setenv("UNIVID_BACKEND", "reference")
+    out = one_tensor(getattr(ops, operator)(*args))
+    monkeypatch.delenv("UNIVID_BACKEND")
+    out.sum().backward()
+    assert runs == ["reference forward", "reference backward"]
+
+
 # --- the choice by measurement ----------------------------------------------------------------------------------------
 
 

@@ -26,10 +26,13 @@ from tests.calls import (
     incoming,
     leaves,
     no_equal_sizes,
+    one_tensor,
 )
 from univid import ops
 from univid.ops import ReferenceFrames, eager
-from univid.ops.registration import deterministic_algorithms
+from univid.ops.settings import deterministic_algorithms, ieee_convolutions
+
+SAVE_OUTPUTS = {OPERATOR[case] for case in ("pyramid", "pyramid_qkv", "dual", "sum")}  # for their backward
 
 
 @pytest.fixture
@@ -234,6 +237,21 @@ def test_double_backward_raises(case, backend):
         torch.autograd.grad(sum(g.sum() for g in first), asked)
 
 
+@eager_backends
+@pytest.mark.parametrize("case", [case for case in OPERATOR if OPERATOR[case] not in SAVE_OUTPUTS])
+def test_outputs_change_in_place(case, backend):
+    """They are new tensors, and no view of one that the operator keeps to itself."""
+    inputs = arguments(case)
+    leaves(inputs)
+    expected = torch.relu(apply(case, inputs, backend=backend))
+    outputs = getattr(ops, OPERATOR[case])(**inputs, backend=backend)
+    for out in outputs if isinstance(outputs, tuple) else (outputs,):
+        assert not out._is_view()
+        torch.relu_(out)
+    torch.testing.assert_close(one_tensor(outputs), expected)
+    one_tensor(outputs).sum().backward()
+
+
 @every_case
 def test_inference(case):
     expected = apply(case, arguments(case))
@@ -373,6 +391,31 @@ def test_the_deterministic_flag_in_threads():
         thread.join()
         assert torch.are_deterministic_algorithms_enabled()
     assert not torch.are_deterministic_algorithms_enabled()
+
+
+def test_deterministic_memory_is_not_filled():
+    """What deterministic=True asks for is the operator's; a process that asks for both has both."""
+    with deterministic_algorithms(True):
+        assert not torch.utils.deterministic.fill_uninitialized_memory
+    assert torch.utils.deterministic.fill_uninitialized_memory
+    torch.use_deterministic_algorithms(True)
+    try:
+        with deterministic_algorithms(True):
+            assert torch.utils.deterministic.fill_uninitialized_memory
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+def test_tf32_outlives_threads():
+    """Convolutions in float32 put PyTorch's setting back, whichever of them ends last."""
+    assert torch.backends.cudnn.allow_tf32
+    first, second = ieee_convolutions(), ieee_convolutions()
+    first.__enter__()
+    second.__enter__()
+    first.__exit__(None, None, None)
+    assert not torch.backends.cudnn.allow_tf32
+    second.__exit__(None, None, None)
+    assert torch.backends.cudnn.allow_tf32
 
 
 # --- modules, objects, threads ----------------------------------------------------------------------------------------

@@ -359,6 +359,29 @@ def test_to():
     assert refs.device.type == "cpu"
 
 
+def test_to_while_pytorch_traces():
+    """What stands in for a table then is not kept for later calls."""
+    refs = ReferenceFrames.window(5, 1)
+
+    class Module(torch.nn.Module):
+        def forward(self, x):
+            return x + refs.to(x.device).table.sum()
+
+    torch.export.export(Module(), (torch.zeros(2, device="meta"),), strict=False)
+    assert type(refs.to("meta").table) is torch.Tensor
+
+
+def test_made_in_inference_mode():
+    """Tables made or moved while sampling serve a training step."""
+    with torch.inference_mode():
+        refs = [ReferenceFrames.window(3, 1), ReferenceFrames.from_table(torch.tensor([[0], [1], [2]]), 3)]
+        moved = [one.to("meta") for one in refs]
+    for one in (*refs, *moved):
+        assert not any(x.is_inference() for x in (one.table, one.rows, one.inverse))
+    q, k, v = torch.randn(3, 1, 3, 2, 1, 4, requires_grad=True)
+    pyramid_st_attn(q, k, v, refs[1]).sum().backward()
+
+
 @pytest.mark.gpu
 def test_to_a_card():
     refs = ReferenceFrames.window(5, 1)

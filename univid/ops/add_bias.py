@@ -10,7 +10,8 @@ from torch import Tensor
 from univid.kernels.calls import AddBiasCall
 from univid.ops import dispatch
 from univid.ops.checks import check_alike, check_shape, check_tensor
-from univid.ops.registration import contiguous_rows, deterministic_algorithms, register, register_gradient
+from univid.ops.registration import contiguous_rows, register, register_gradient
+from univid.ops.settings import deterministic_algorithms
 
 
 def add_bias(x: Tensor, bias: Tensor, *, backend: str | None = None) -> Tensor:
@@ -43,7 +44,7 @@ def _arguments(x, bias, *, backend=None) -> tuple:
     if bias.dtype not in (x.dtype, torch.float32):
         raise TypeError(f"bias: got {bias.dtype}, needs x's dtype, {x.dtype}, or torch.float32")
     check_alike("x", x, dtype=False, bias=bias)
-    return x, bias, dispatch.check_backend(backend)
+    return x, bias, dispatch.asked_for(backend)
 
 
 # --- the registered operators -----------------------------------------------------------------------------------------

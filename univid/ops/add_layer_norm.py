@@ -13,11 +13,11 @@ from univid.ops.checks import check_alike, check_number, check_shape, check_tens
 from univid.ops.registration import (
     asked,
     contiguous_rows,
-    deterministic_algorithms,
     new_gradients,
     register,
     register_gradient,
 )
+from univid.ops.settings import deterministic_algorithms
 
 
 def add_layer_norm(
@@ -79,7 +79,7 @@ def _arguments(x, weight, bias, eps=1e-5, *, branch=None, offset=None, backend=N
     eps = check_number("eps", eps)
     if eps <= 0:
         raise ValueError(f"eps: got {eps}, needs a number > 0")
-    return x, weight, bias, eps, branch, offset, dispatch.check_backend(backend)
+    return x, weight, bias, eps, branch, offset, dispatch.asked_for(backend)
 
 
 # --- the registered operators -----------------------------------------------------------------------------------------

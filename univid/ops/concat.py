@@ -13,11 +13,11 @@ from univid.ops.checks import check_alike, check_shape, check_tensor
 from univid.ops.registration import (
     asked,
     contiguous_rows,
-    deterministic_algorithms,
     new_gradients,
     register,
     register_gradient,
 )
+from univid.ops.settings import deterministic_algorithms
 
 
 def concat(x: Tensor, y: Tensor, *, backend: str | None = None) -> Tensor:
@@ -49,7 +49,7 @@ def _arguments(x, y, *, backend=None) -> tuple:
     if y.dtype != x.dtype:
         raise TypeError(f"y: got {y.dtype}, needs x's dtype, {x.dtype}")
     check_alike("x", x, y=y)
-    return x, y, dispatch.check_backend(backend)
+    return x, y, dispatch.asked_for(backend)
 
 
 # --- the registered operators -----------------------------------------------------------------------------------------

@@ -14,6 +14,8 @@ from importlib import import_module
 from importlib.util import find_spec
 from typing import Any
 
+import torch
+
 from univid.kernels import measured
 from univid.ops import eager
 
@@ -44,6 +46,13 @@ def check_backend(backend: str | None, name: str = "backend") -> str | None:
         names = ", ".join(repr(b) for b in BACKENDS)
         raise ValueError(f"{name}: got {backend!r}, needs None or one of {names}")
     return backend
+
+
+def asked_for(backend: str | None) -> str | None:
+    """``backend``, or what UNIVID_BACKEND names: read at the call, so that its backward runs where its forward did. (A
+    compiled call reads it whenever it runs.)"""
+    check_backend(backend)
+    return backend if backend is not None or torch.compiler.is_compiling() else wanted_by_environment()
 
 
 def candidates(operator: str, call: Any, direction: str = "forward") -> dict[str, str | None]:

@@ -14,12 +14,12 @@ from univid.ops.checks import check_alike, check_number, check_scale, check_shap
 from univid.ops.registration import (
     asked,
     contiguous_rows,
-    deterministic_algorithms,
     new_gradients,
     register,
     register_gradient,
     statistics_dtype,
 )
+from univid.ops.settings import deterministic_algorithms
 
 
 def dual_stream_attn(
@@ -90,7 +90,7 @@ def _arguments(
     clips, heads, dim = q.shape[0], q.shape[-2], q.shape[-1]
     frames = q.shape[1] if rank > 1 else 1
     q = q.reshape(clips, frames, -1 if q.numel() else q.shape[1:-2].numel() // max(frames, 1), heads, dim)
-    return q, *text, *image, check_scale(scale), dispatch.check_backend(backend)
+    return q, *text, *image, check_scale(scale), dispatch.asked_for(backend)
 
 
 def _stream(name: str, q: Tensor, k, v, weight) -> tuple[Tensor | None, Tensor | None, Tensor | None, float]:

@@ -29,6 +29,7 @@ from univid.kernels.calls import (
     TemporalConvCall,
 )
 from univid.ops import reference
+from univid.ops.settings import ieee_convolutions
 
 # Past this many batches some of SDPA's kernels leave their launch grid (65535 in y and z).
 _MAX_BATCH = 32768
@@ -55,7 +56,7 @@ class Eager:
         with _recording():
             out = self.function(call._replace(**leaves))
         out = out[0] if isinstance(out, tuple) else out
-        with _ieee_convolutions():
+        with ieee_convolutions():
             results = torch.autograd.grad(out, list(leaves.values()), _aligned(grad))
         for g, result in zip(wanted.values(), results, strict=True):
             g.copy_(result)
@@ -115,7 +116,7 @@ class TorchConvolution(EagerConvolution):
         of_all = dbias is not None and dbias.ndim == 1  # not one of each clip
         needs = [dx is not None, dweight is not None, of_all]
         if any(needs):
-            with _ieee_convolutions():
+            with ieee_convolutions():
                 results = torch.ops.aten.convolution_backward(
                     _planes(_aligned(grad)), x, weight, [len(weight)], **options, output_mask=needs
                 )
@@ -248,7 +249,7 @@ def _temporal_conv(call: TemporalConvCall) -> Tensor:
     """A convolution over the (T, N) plane on channels-last memory as it is."""
     of_clips = call.bias is not None and call.bias.ndim == 2
     bias = None if of_clips else call.bias
-    with _ieee_convolutions():
+    with ieee_convolutions():
         if call.x.is_cuda:
             x, weight, options = _over_time(call)
             out = torch.ops.aten.convolution(x, weight, bias, **options).permute(0, 2, 3, 4, 1).squeeze(2)
@@ -284,18 +285,6 @@ def _over_time(call: TemporalConvCall) -> tuple[Tensor, Tensor, dict[str, Any]]:
 def _planes(x: Tensor) -> Tensor:
     """(B, T, N, C) as (B, C, T, 1, N)."""
     return x.unsqueeze(2).permute(0, 4, 1, 2, 3)
-
-
-@contextmanager
-def _ieee_convolutions() -> Iterator[None]:
-    """float32 means float32: PyTorch lets cuDNN multiply in TF32 by default."""
-    cudnn = torch.backends.cudnn
-    before = cudnn.allow_tf32
-    cudnn.allow_tf32 = False
-    try:
-        yield
-    finally:
-        cudnn.allow_tf32 = before
 
 
 def _group_norm_silu(call: GroupNormSiluCall) -> tuple[Tensor, Tensor, Tensor]:

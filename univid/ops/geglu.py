@@ -10,7 +10,8 @@ from torch import Tensor
 from univid.kernels.calls import GegluCall
 from univid.ops import dispatch
 from univid.ops.checks import check_tensor
-from univid.ops.registration import contiguous_rows, deterministic_algorithms, register, register_gradient
+from univid.ops.registration import contiguous_rows, register, register_gradient
+from univid.ops.settings import deterministic_algorithms
 
 
 def geglu(x: Tensor, *, backend: str | None = None) -> Tensor:
@@ -39,7 +40,7 @@ def _arguments(x, *, backend=None) -> tuple:
     check_tensor("x", x, "(B, T, N, 2C)")
     if x.shape[-1] % 2:
         raise ValueError(f"x: got shape {tuple(x.shape)}, needs (B, T, N, 2C), an even last dimension")
-    return x, dispatch.check_backend(backend)
+    return x, dispatch.asked_for(backend)
 
 
 # --- the registered operators -----------------------------------------------------------------------------------------

@@ -13,12 +13,12 @@ from univid.ops.checks import check_alike, check_number, check_shape, check_size
 from univid.ops.registration import (
     asked,
     contiguous_rows,
-    deterministic_algorithms,
     new_gradients,
     register,
     register_gradient,
     statistics_dtype,
 )
+from univid.ops.settings import deterministic_algorithms
 
 
 def group_norm_silu(
@@ -71,7 +71,7 @@ def _arguments(x, num_groups, weight, bias, eps, *, silu=True, backend=None) -> 
     eps = check_number("eps", eps)
     if eps <= 0:
         raise ValueError(f"eps: got {eps}, needs a number > 0")
-    return x, num_groups, weight, bias, eps, bool(silu), dispatch.check_backend(backend)
+    return x, num_groups, weight, bias, eps, bool(silu), dispatch.asked_for(backend)
 
 
 # --- the registered operators -----------------------------------------------------------------------------------------

@@ -15,12 +15,12 @@ from univid.ops.reference_frames import ReferenceFrames, check_entries
 from univid.ops.registration import (
     asked,
     contiguous_rows,
-    deterministic_algorithms,
     new_gradients,
     register,
     register_gradient,
     statistics_dtype,
 )
+from univid.ops.settings import deterministic_algorithms
 
 
 def pyramid_st_attn(
@@ -119,7 +119,7 @@ def _of(refs: ReferenceFrames, options: tuple) -> tuple:
 def _options(refs, q: Tensor, key_frames: int, scale, backend, deterministic) -> tuple:
     clips, frames = q.shape[:2]
     deterministic = bool(deterministic) or torch.are_deterministic_algorithms_enabled()
-    scale, backend = check_scale(scale), dispatch.check_backend(backend)
+    scale, backend = check_scale(scale), dispatch.asked_for(backend)
     if isinstance(refs, ReferenceFrames):
         table = refs.table
         if refs.num_key_frames != key_frames:
@@ -159,9 +159,10 @@ _OPTIONS = "Tensor table, Tensor? inverse, float? scale, bool padded, bool deter
 
 def _call(q, k, v, table, inverse, scale, padded, deterministic, backend=None) -> PyramidCall:
     if inverse is None:  # a raw table: entries of any integer type and value
+        table = table.long()
         if table.device.type == "cpu":
             check_entries("refs", table, k.shape[1])
-        table = table.long().clamp(-1, k.shape[1]).int().contiguous()
+        table = table.clamp(-1, k.shape[1]).int().contiguous()
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     return PyramidCall(q, k, v, table, scale, padded, deterministic, inverse)
 

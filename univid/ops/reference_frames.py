@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 
 import torch
@@ -55,6 +56,11 @@ class ReferenceFrames:
             raise TypeError(f"table: got {got}, needs an integer tensor")
         if table.ndim not in (2, 3) or table.shape[-2] == 0 or table.shape[0] == 0:
             raise ValueError(f"table: got shape {tuple(table.shape)}, needs (T, R) or (B, T, R) with T >= 1")
+        with _recordable():
+            return cls._from_checked(table, num_key_frames)
+
+    @classmethod
+    def _from_checked(cls, table: Tensor, num_key_frames: int) -> ReferenceFrames:
         device, table = table.device, table.detach().long().cpu()
         check_entries("table", table, num_key_frames)
         table = (table if table.ndim == 3 else table[None]).int().contiguous()
@@ -162,11 +168,20 @@ class ReferenceFrames:
         device = torch.empty(0, device=device).device  # "cuda" becomes the current one, such as "cuda:0"
         if device == self.device:
             return self
-        if device not in self._copies:
+        if device in self._copies:
+            return self._copies[device]
+        with _recordable():
             table, rows, inverse = (t.to(device) for t in (self.table, self.rows, self.inverse))
-            joined = self.joined and self.joined.to(device)
-            self._copies[device] = ReferenceFrames(table, self.num_key_frames, self.padded, rows, inverse, joined)
-        return self._copies[device]
+        joined = self.joined and self.joined.to(device)
+        copy = ReferenceFrames(table, self.num_key_frames, self.padded, rows, inverse, joined)
+        if type(table) is Tensor:  # not one that stands in for it while PyTorch traces
+            self._copies[device] = copy
+        return copy
+
+
+def _recordable() -> AbstractContextManager:
+    """What is made within may be saved for a backward: the same table serves a sampler today and training tomorrow."""
+    return torch.inference_mode(False) if torch.is_inference_mode_enabled() else nullcontext()
 
 
 def check_entries(name: str, table: Tensor, num_key_frames: int) -> None:

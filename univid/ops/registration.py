@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable, Collection
 from typing import Any
 
@@ -12,6 +11,7 @@ from torch.utils.flop_counter import register_flop_formula
 
 LIBRARY = torch.library.Library("univid", "DEF")
 
+_VIEWS = torch._C.DispatchKeySet(torch._C.DispatchKey.ADInplaceOrView)  # who notes that a tensor is a view of another
 _AUTOCAST = {"cpu": "AutocastCPU", "cuda": "AutocastCUDA", "xpu": "AutocastXPU", "mps": "AutocastMPS"}
 
 
@@ -33,8 +33,14 @@ def register(
         autocast: positions of the arguments that autocast casts to its dtype. Inside the operator nothing autocasts.
     """
     name = schema.partition("(")[0]
+
+    def run(*args: Any) -> Any:
+        # An output that is a view of what the implementation made could not be changed in place.
+        with torch._C._ExcludeDispatchKeyGuard(_VIEWS):
+            return implementation(*args)
+
     LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag, torch.Tag.needs_exact_strides))
-    LIBRARY.impl(name, implementation, "CompositeExplicitAutograd")
+    LIBRARY.impl(name, run, "CompositeExplicitAutograd")
     torch.library.register_fake(f"univid::{name}", fake, lib=LIBRARY)
     operator = getattr(torch.ops.univid, name)
     for device_type, key in _AUTOCAST.items():
@@ -91,8 +97,9 @@ def _autocast_rule(operator: Any, device_type: str, casts: Collection[int]) -> C
 
     def rule(*args: Any) -> Any:
         dtype = torch.get_autocast_dtype(device_type)
+        cast = {id(args[i]): _cast(args[i], dtype) for i in casts}  # what is given twice stays one tensor
         with torch._C._ExcludeDispatchKeyGuard(keys):
-            return operator(*(_cast(a, dtype) if i in casts else a for i, a in enumerate(args)))
+            return operator(*(cast[id(a)] if i in casts else a for i, a in enumerate(args)))
 
     return rule
 
@@ -102,41 +109,6 @@ def _cast(x: Any, dtype: torch.dtype) -> Any:
     if isinstance(x, Tensor) and x.is_floating_point() and x.dtype != torch.float64:
         return x.to(dtype)
     return x
-
-
-class deterministic_algorithms:
-    """Within it PyTorch's own operators are deterministic, whatever the process's setting, if ``on``.
-
-    The setting is the process's, and each device's backward runs in a thread of its own: the last one to leave restores
-    it.
-    """
-
-    _lock = threading.Lock()
-    _inside = 0  # how many threads are
-    _before = False  # the setting that the first of them found
-
-    def __init__(self, on: bool):
-        self.on = on
-
-    def __enter__(self) -> None:
-        if not self.on:
-            return
-        cls = deterministic_algorithms
-        with cls._lock:
-            if cls._inside == 0:
-                cls._before = torch.are_deterministic_algorithms_enabled()
-                if not cls._before:
-                    torch.use_deterministic_algorithms(True)
-            cls._inside += 1
-
-    def __exit__(self, *_: object) -> None:
-        if not self.on:
-            return
-        cls = deterministic_algorithms
-        with cls._lock:
-            cls._inside -= 1
-            if cls._inside == 0 and not cls._before:
-                torch.use_deterministic_algorithms(False)
 
 
 def new_gradients(needs: list[bool], *inputs: Tensor | None) -> list[Tensor]:

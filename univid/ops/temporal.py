@@ -13,12 +13,12 @@ from univid.ops.checks import check_alike, check_scale, check_shape, check_tenso
 from univid.ops.registration import (
     asked,
     contiguous_rows,
-    deterministic_algorithms,
     new_gradients,
     register,
     register_gradient,
     statistics_dtype,
 )
+from univid.ops.settings import deterministic_algorithms
 
 
 def temporal_attn(q: Tensor, k: Tensor, v: Tensor, *, scale: float | None = None, backend: str | None = None) -> Tensor:
@@ -56,13 +56,13 @@ def _arguments(q, k, v, *, scale=None, backend=None) -> tuple:
         check_tensor(name, x, "(B, T, N, H, D)")
         check_shape(name, x, q.shape, "q's shape")
     check_alike("q", q, k=k, v=v)
-    return q, k, v, check_scale(scale), dispatch.check_backend(backend)
+    return q, k, v, check_scale(scale), dispatch.asked_for(backend)
 
 
 def _arguments_qkv(qkv, *, scale=None, backend=None) -> tuple:
     check_tensor("qkv", qkv, "(B, T, N, 3, H, D)")
     check_shape("qkv", qkv, (*qkv.shape[:3], 3, *qkv.shape[4:]), "q, k and v packed")
-    return qkv, check_scale(scale), dispatch.check_backend(backend)
+    return qkv, check_scale(scale), dispatch.asked_for(backend)
 
 
 # --- the registered operators -----------------------------------------------------------------------------------------

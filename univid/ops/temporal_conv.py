@@ -13,11 +13,11 @@ from univid.ops.checks import check_alike, check_shape, check_tensor
 from univid.ops.registration import (
     asked,
     contiguous_rows,
-    deterministic_algorithms,
     new_gradients,
     register,
     register_gradient,
 )
+from univid.ops.settings import deterministic_algorithms
 
 
 def temporal_conv(
@@ -70,7 +70,7 @@ def _arguments(x, weight, bias=None, *, residual=None, backend=None) -> tuple:
         check_tensor("residual", residual, "(B, T, N, C_out)")
         check_shape("residual", residual, (*x.shape[:3], channels_out), "the output's shape")
     check_alike("x", x, weight=weight, bias=bias, residual=residual)
-    return x, weight, bias, residual, dispatch.check_backend(backend)
+    return x, weight, bias, residual, dispatch.asked_for(backend)
 
 
 # --- the registered operators -----------------------------------------------------------------------------------------
