@@ -88,8 +88,7 @@ def implementations(level: Level, batch: int, kind: str) -> dict[str, Implementa
         run["FlashAttention-4 paged, page = frame"] = _paged(refs, batch, level, level.tokens)
         if level.tokens % 128 == 0:
             run["FlashAttention-4 paged, 128 tokens"] = _paged(refs, batch, level, 128)
-        if batch == 2:
-            run["FlashAttention-4 block-sparse, frames padded"] = _block_sparse(refs, level)
+        run["FlashAttention-4 block-sparse, frames padded"] = _block_sparse(refs, level)
     return run
 
 

@@ -46,13 +46,16 @@ INTRODUCTION = """\
 Written by `python -m benchmarks.report` from the files in `benchmarks/results/`, which `pytest benchmarks/` measures.
 
 - A time is the median of runs with a cold L2 cache, ours and the peers' in the same process. Under 10 ms it is that of a
-  CUDA graph over rotated inputs, free of launch gaps; the result files hold the eager time beside it.
-- Every output and gradient was first compared with float64, on one clip and head of attention and on all of the others.
+  CUDA graph over up to 12 sets of inputs in turn, free of launch gaps; the result files hold the eager time beside it. (The
+  sets of the smallest calls, f8 at B = 1, fit the L2 cache in part.)
+- Every output and gradient was first compared with float64, on one clip and head of attention, two frames of `geglu`, and
+  on all of the others.
 - TFLOP/s and GB/s count useful work: K taps, keys that are read, each input and output once. The limit is the larger of the
   time of the arithmetic at the rate of an 8192³ bfloat16 product and that of the bytes at the rate of a copy, both of the
   same run.
 - *Ours*, where one row stands for all, is the backend that runs where none is asked for.
-- A dash: it cannot run this, or ran out of memory; the result file says why. **Bold**: the fastest. Shapes are in
+- A dash: it cannot run this, or ran out of memory; the result file says why. In *times as fast*: a peer that is the fastest
+  at a level of the U-Net was left out here (below), and none of the others is ahead of ours. **Bold**: the fastest. Shapes are in
   `benchmarks/levels.py`.
 
 How the peers are treated: what their users would have at hand is not counted. That is, for frames as batch in
@@ -63,7 +66,7 @@ attention by clip, the stacking of its outputs; for cuDNN's convolution, any cha
 What is left out, so that the full set takes minutes: `reference` beyond per-frame tables, whose arithmetic is the same;
 flash and mem-efficient SDPA behind `index_select` beyond per-frame tables at B = 2, and as dense attention at B = 1, being
 slower than cuDNN's; compiled peers and FlexAttention beyond the U-Net's levels (f1 to f8) at B = 2, and any `max-autotune`;
-block-sparse attention at B = 1; the convolution's bias and residual at B = 1 and in `reference`. Paged attention has no backward.
+the convolution's bias and residual at B = 1 and in `reference`. Paged attention has no backward.
 """
 
 
@@ -83,6 +86,22 @@ class Result(NamedTuple):
     def stale(self) -> bool:
         """Whether the operator, or how it is timed, has changed since."""
         return self.sources_sha256 != sources_sha256(self.operator)
+
+
+class Pair(NamedTuple):
+    """What is compared in a cell."""
+
+    mine: dict | None  # the row of ours that runs where no backend is asked for
+    peer: dict | None  # of the fastest peer
+    is_whole: bool  # whether no peer is left out that is the fastest at a level of the U-Net
+
+    @property
+    def ratio(self) -> float | None:
+        """How many times as fast ours is. None where a peer that may be the best was not measured, but for a loss."""
+        if self.mine is None or self.peer is None:
+            return None
+        ratio = self.peer["ms"] / self.mine["ms"]
+        return ratio if self.is_whole or ratio < 1 else None
 
 
 class Cell(NamedTuple):
@@ -137,17 +156,30 @@ def timed(result: Result) -> dict[Cell, dict[str, dict]]:
     return cells
 
 
-def compared(result: Result) -> dict[Cell, tuple[dict | None, dict | None]]:
-    """Of every cell the row of ours that runs where no backend is asked for, and that of the fastest peer."""
+def compared(result: Result) -> dict[Cell, Pair]:
     module = MODULES[result.operator]
     chosen = choices([result]).get(result.environment.get("architecture"), {}).get(module, {})
+    tried: dict[Cell, set[str]] = defaultdict(set)  # what was run, or could not run
+    for row in result.rows:
+        variant = row.get("table") or row.get("epilogue", "")
+        tried[Cell(row["level"], row["direction"], row["batch"], variant)].add(row["implementation"])
+    cells = timed(result)
+    best = {cell: _fastest_peer(rows) for cell, rows in cells.items()}
+    rivals: dict[tuple[str, str], set[str]] = defaultdict(set)  # by direction and variant
+    for cell, peer in best.items():
+        if peer and cell.level in UNET and cell.batch == 2:
+            rivals[cell.direction, cell.variant].add(peer["implementation"])
     pairs = {}
-    for cell, rows in timed(result).items():
+    for cell, rows in cells.items():
         winner = chosen.get(DIRECTIONS[cell.direction], {}).get(_shape_class(module, cell))
         mine = next((rows[name] for name in (winner, *OURS) if name in rows), None)
-        peers = (row for name, row in rows.items() if row["implementation"] not in OURS and name not in LIMITS)
-        pairs[cell] = mine, min(peers, key=lambda row: row["ms"], default=None)
+        pairs[cell] = Pair(mine, best[cell], rivals[cell.direction, cell.variant] <= tried[cell])
     return pairs
+
+
+def _fastest_peer(rows: dict[str, dict]) -> dict | None:
+    peers = (row for name, row in rows.items() if row["implementation"] not in OURS and name not in LIMITS)
+    return min(peers, key=lambda row: row["ms"], default=None)
 
 
 def _shape_class(module: str, cell: Cell) -> str | None:
@@ -235,10 +267,10 @@ def _draw_ratios(results: list[Result]):
         cells = compared(result)
         for direction, title in DIRECTIONS.items():
             variant = ORDINARY.get(result.operator, "")
-            pairs = [cells.get(Cell(level, direction, 2, variant), (None, None)) for level in LEVELS]
+            pairs = [cells.get(Cell(level, direction, 2, variant), Pair(None, None, False)) for level in LEVELS]
             names.append(f"{result.operator} {title}")
-            ratios.append([peer["ms"] / mine["ms"] if mine and peer else float("nan") for mine, peer in pairs])
-            shares.append([share(mine, result.environment) if mine else float("nan") for mine, _ in pairs])
+            ratios.append([pair.ratio or float("nan") for pair in pairs])
+            shares.append([share(pair.mine, result.environment) if pair.mine else float("nan") for pair in pairs])
     figure = Figure(figsize=(11, 0.34 * len(names) + 0.9), layout="constrained")
     left, right = figure.subplots(1, 2, sharey=True)
     for axes, values, title, style in (
@@ -331,9 +363,7 @@ def _page(results: list[Result], plots: dict[str, Path]) -> list[str]:
     return [line.rstrip("\n") for line in lines[:-1]]
 
 
-def _table(
-    title: str, cells: dict[Cell, dict[str, dict]], pairs: list[tuple[dict | None, dict | None]], result: Result
-) -> list[str]:
+def _table(title: str, cells: dict[Cell, dict[str, dict]], pairs: list[Pair], result: Result) -> list[str]:
     """One implementation a row, the fastest of each column in bold, and below them ours over the best peer and over the
     limit."""
     key, _, form = UNITS[result.operator]
@@ -344,8 +374,8 @@ def _table(
         texts = (form.format(rows[name][key]) if name in rows else "–" for rows in cells.values())
         bold = (f"**{text}**" if name == first else text for text, first in zip(texts, fastest, strict=True))
         lines.append(f"| {name} | {' | '.join(bold)} |")
-    ratios = (f"{peer['ms'] / mine['ms']:.2f}" if mine and peer else "–" for mine, peer in pairs)
-    shares = (f"{share(mine, result.environment):.2f}" if mine else "–" for mine, _ in pairs)
+    ratios = (f"{pair.ratio:.2f}" if pair.ratio else "–" for pair in pairs)
+    shares = (f"{share(pair.mine, result.environment):.2f}" if pair.mine else "–" for pair in pairs)
     lines.append(f"| *ours: times as fast as the best peer* | {' | '.join(ratios)} |")
     lines.append(f"| *ours: share of the limit* | {' | '.join(shares)} |")
     return lines
@@ -357,7 +387,7 @@ def _losses(results: list[Result]) -> list[str]:
     head = ["| operator | | shape | B | variant | ours, ms | best peer, ms | ours is slower by |", "|---" * 8 + "|"]
     rows = []
     for result in results:
-        for cell, (mine, peer) in compared(result).items():
+        for cell, (mine, peer, _) in compared(result).items():
             if mine and peer and peer["ms"] < mine["ms"]:
                 ours, theirs = (f"{row['implementation']} {row['ms']:.3f}" for row in (mine, peer))
                 slower = f"{100 * (mine['ms'] / peer['ms'] - 1):.0f}%"
@@ -376,8 +406,8 @@ def _summary(results: list[Result]) -> list[str]:
         cells = compared(result)
         for direction, title in DIRECTIONS.items():
             variant = ORDINARY.get(result.operator, "")
-            pairs = (cells.get(Cell(level, direction, 2, variant), (None, None)) for level in UNET)
-            texts = (" / ".join(form.format(row[key]) if row else "–" for row in pair) for pair in pairs)
+            pairs = (cells.get(Cell(level, direction, 2, variant), Pair(None, None, False)) for level in UNET)
+            texts = (" / ".join(form.format(row[key]) if row else "–" for row in pair[:2]) for pair in pairs)
             lines.append(f"| `{result.operator}` {title}, {unit} | {' | '.join(texts)} |")
     first = results[0].environment
     stale = [f"`{result.operator}`" for result in results if result.stale and result.path.stem in UNITS]

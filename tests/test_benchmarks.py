@@ -302,7 +302,7 @@ def test_what_is_compared_with_the_peers_runs_by_default():
 
     measured_rows = rows("f1", cuda=1.0, triton=0.99, a_peer=0.9, another=2.0) + rows("f2", cuda=1.0, triton=0.9)
     result = report.Result(Path("temporal_conv.json"), {"architecture": "sm_90", "gpu": "one"}, measured_rows, "")
-    (f1, f2) = report.compared(result).values()
+    (f1, f2) = (pair[:2] for pair in report.compared(result).values())
     assert [row["implementation"] for row in f1] == ["cuda", "a peer"]
     assert f2[0]["implementation"] == "triton" and f2[1] is None
 
