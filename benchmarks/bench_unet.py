@@ -14,6 +14,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from statistics import median
+from time import perf_counter
 from typing import Any, NamedTuple
 
 import torch
@@ -30,6 +31,7 @@ from univid.model.blocks import ResidualBlock, Transformer
 CLIPS, FRAMES, HEIGHT, WIDTH = 2, 24, 40, 72
 LEVEL = f"{FRAMES}x{HEIGHT}x{WIDTH}"
 CONTEXT = 1024
+_SAMPLES = 9  # of a time
 TEXT, IMAGE = 77, 257  # tokens
 
 KINDS = {
@@ -226,15 +228,19 @@ def _measured(model: Model, implementation: Implementation, direction: str) -> d
         run()
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
+    began = perf_counter()
     run()
     torch.cuda.synchronize()
-    peak = torch.cuda.max_memory_allocated()
-    ms = median(do_bench(run, warmup=50, rep=700, return_mode="all"))
+    once = 1e3 * (perf_counter() - began)
+    peak, reserved = torch.cuda.max_memory_allocated(), torch.cuda.max_memory_reserved()
+    # Of several samples: Python collects garbage in some of them, for 0.2 s with all peers loaded.
+    ms = median(do_bench(run, warmup=50, rep=max(700, round(_SAMPLES * once)), return_mode="all"))
     row = {
         "ms": round(ms, 2),
         "tflop": round(flops / 1e12, 1),
         "tflops": round(flops / ms / 1e9),
         "peak_mb": round(peak / 1e6),
+        "reserved_mb": round(reserved / 1e6),
     }
     parameters = sum(p.numel() for p in model.unet.parameters())
     row |= {"parameters_m": round(parameters / 1e6, 1)}

@@ -31,8 +31,8 @@ INTRODUCTION = """\
 
 Written by `python -m benchmarks.report` from what `python -m benchmarks.bench_unet` and `python -m benchmarks.bench_pipeline`
 measure, on one GPU, in bfloat16 with random weights. FLOPs are counted by PyTorch's counter, ours by the operators' formulas;
-three forwards make a forward and backward. No activation checkpointing. Memory is the most that tensors held, weights included;
-what a CUDA graph keeps for its replays is not counted.
+three forwards make a forward and backward. No activation checkpointing. Memory is the most that tensors took, weights included;
+held is the most that PyTorch kept of the GPU for them, what a CUDA graph keeps for its replays included.
 """
 
 
@@ -71,7 +71,8 @@ _TITLES = {
 
 
 def _unet(result: Result) -> list[str]:
-    lines = ["| | TFLOP | forward, ms | TFLOP/s | forward and backward, ms | TFLOP/s | memory, GB |", "|---" * 7 + "|"]
+    lines = ["| | TFLOP | forward, ms | TFLOP/s | forward and backward, ms | TFLOP/s | memory, GB | held, GB |"]
+    lines.append("|---" * 8 + "|")
     names = dict.fromkeys(row["implementation"] for row in result.rows)
     for name in names:
         by = {row["direction"]: row for row in result.rows if row["implementation"] == name and "ms" in row}
@@ -81,7 +82,9 @@ def _unet(result: Result) -> list[str]:
         cells = [f"{fwd['tflop']:.1f}" if fwd else "–"]
         for row in (fwd, both):
             cells += [f"{row['ms']:.1f}", f"{row['tflops']}"] if row else ["–", "–"]
-        cells.append("–" if "CUDA graph" in name else f"{(both or fwd)['peak_mb'] / 1e3:.1f}")
+        row = both or fwd
+        cells.append("–" if "CUDA graph" in name else _gigabytes(row, "peak_mb"))
+        cells.append(_gigabytes(row, "reserved_mb"))
         lines.append(f"| {name} | {' | '.join(cells)} |")
     failures = [row for row in result.rows if "failure" in row]
     lines += ["", *(f"{row['implementation']}: {row['failure']}." for row in failures)] if failures else []
@@ -94,29 +97,36 @@ def _unet(result: Result) -> list[str]:
     return lines
 
 
+def _gigabytes(row: dict, key: str) -> str:
+    return f"{row[key] / 1e3:.1f}" if key in row else "–"
+
+
 def _pipeline(result: Result) -> list[str]:
     lines = ["| | " + " | ".join(TASKS.values()) + " |", "|---" * (len(TASKS) + 1) + "|"]
     for name in dict.fromkeys(row["implementation"] for row in result.rows):
         rows = {row["level"]: row for row in result.rows if row["implementation"] == name}
-        cells = (f"{rows[t]['ms'] / 1e3:.2f} s, {rows[t]['peak_mb'] / 1e3:.1f} GB" if t in rows else "–" for t in TASKS)
+        cells = (
+            f"{rows[t]['ms'] / 1e3:.2f} s, {_gigabytes(rows[t], 'peak_mb')} GB, {_gigabytes(rows[t], 'reserved_mb')} held"
+            if t in rows
+            else "–"
+            for t in TASKS
+        )
         lines.append(f"| {name} | {' | '.join(cells)} |")
     return lines
 
 
 def _memory(results: Sequence[Result], pipeline: Result) -> list[str]:
-    """README's table: what a task takes of a GPU."""
+    """README's table: what PyTorch holds of a GPU in a task."""
     lines = ["| task | GPU memory, GB | with `enable_low_memory()` |", "|---|---|---|"]
-    peaks = {(row["implementation"], row["level"]): row["peak_mb"] / 1e3 for row in pipeline.rows}
+    held = {(row["implementation"], row["level"]): _gigabytes(row, "reserved_mb") for row in pipeline.rows}
     for task, words in TASKS.items():
-        low = peaks.get(("univid, low memory", task))
-        lines.append(
-            f"| {words}, 24 frames of 320x576 | {peaks['univid', task]:.1f} | {f'{low:.1f}' if low else '–'} |"
-        )
+        low = held.get(("univid, low memory", task), "–")
+        lines.append(f"| {words}, 24 frames of 320x576 | {held['univid', task]} | {low} |")
     unet = next((result for result in results if result.operator == "unet"), None)
     for row in unet.rows if unet else ():
         if (row["implementation"], row["direction"]) == ("univid", "fwd_bwd") and "ms" in row:
             words = "forward and backward of the U-Net, two such clips, bfloat16 weights"
-            lines.append(f"| {words} | {row['peak_mb'] / 1e3:.1f} | – |")
+            lines.append(f"| {words} | {_gigabytes(row, 'reserved_mb' if 'reserved_mb' in row else 'peak_mb')} | – |")
     env = pipeline.environment
     note = ["", "The pipeline has changed since: to be measured again."] if pipeline.stale else []
     return [

@@ -223,7 +223,9 @@ def test_report(folder):
 def test_report_of_models(folder):
     def timed(implementation, direction, ms, **more):
         head = {"op": "unet", "level": "24x40x72", "batch": 2, "implementation": implementation, "direction": direction}
-        return head | {"ms": ms, "tflop": 40.0, "tflops": round(40_000 / ms), "peak_mb": 4600} | more
+        return (
+            head | {"ms": ms, "tflop": 40.0, "tflops": round(40_000 / ms), "peak_mb": 4600, "reserved_mb": 4800} | more
+        )
 
     unet = [
         timed("univid", "fwd", 100.0, breakdown_ms=dict.fromkeys(report_models.BUDGET_MS, 20.0)),
@@ -236,6 +238,7 @@ def test_report_of_models(folder):
     tasks = [("univid", "t2v", 5000, 9000), ("univid", "i2v", 5000, 9000), ("univid", "ti2v", 8000, 9500)]
     rows = [
         {"op": "pipeline", "level": task, "direction": "fwd", "implementation": name, "ms": ms, "peak_mb": mb}
+        | {"reserved_mb": mb + 1000}
         for name, task, ms, mb in [*tasks, ("univid, low memory", "t2v", 6000, 5000)]
     ]
     record.write("pipeline", rows, folder / "results")
@@ -243,12 +246,12 @@ def test_report_of_models(folder):
     readme.write_text(readme.read_text() + f"{report_models.BEGIN}\nold\n{report_models.END}\nend\n")
     assert report.main([]) == 0
     page = (folder / "docs" / "benchmarks-models.md").read_text()
-    assert "| univid | 40.0 | 100.0 | 400 | 300.0 | 133 | 4.6 |" in page
-    assert "| a peer | 40.0 | 200.0 | 200 | – | – | 4.6 |" in page
+    assert "| univid | 40.0 | 100.0 | 400 | 300.0 | 133 | 4.6 | 4.8 |" in page
+    assert "| a peer | 40.0 | 200.0 | 200 | – | – | 4.6 | 4.8 |" in page
     assert "another: out of memory." in page
-    assert "| univid, low memory | 6.00 s, 5.0 GB | – | – |" in page
+    assert "| univid, low memory | 6.00 s, 5.0 GB, 6.0 held | – | – |" in page
     assert (folder / "docs" / "benchmarks-nvidia-h200-unet.svg").exists()
-    assert "| text to video, 24 frames of 320x576 | 9.0 | 5.0 |" in readme.read_text()
+    assert "| text to video, 24 frames of 320x576 | 10.0 | 6.0 |" in readme.read_text()
     assert readme.read_text().endswith("\nend\n") and readme.read_text().count("old") == 0
     assert report.main(["--check"]) == 0
 
