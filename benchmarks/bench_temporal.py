@@ -1,4 +1,5 @@
-"""``temporal_attn`` beside SDPA on rearranged copies and on strided views, and a compiled einsum."""
+"""``temporal_attn`` beside SDPA on rearranged copies and on strided views, FlashAttention-4, and a compiled
+einsum."""
 
 from functools import cache
 
@@ -8,6 +9,7 @@ from einops import rearrange
 from torch._functorch import config as functorch_config
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from benchmarks import peers
 from benchmarks.harness import Implementation, Problem, Tensors, ours
 from benchmarks.levels import LEVELS, UNET, Level
 from univid.ops import reference, temporal_attn
@@ -46,6 +48,12 @@ def implementations(level: Level, batch: int) -> dict[str, Implementation]:
     run["SDPA mem-efficient per clip, strided"] = Implementation(
         _strided, finish=lambda clips: torch.stack(clips).permute(0, 3, 1, 2, 4)
     )
+    if peers.flash_attn_func:
+        run["FlashAttention-4 per clip, strided"] = Implementation(
+            lambda t: tuple(peers.ATTENTION["FlashAttention-4"](*clip) for clip in _by_clip(t)),
+            finish=lambda clips: torch.stack(clips).transpose(1, 2),
+            compiles=True,
+        )
     if batch == 2 and level in UNET.values():
         run["compiled einsum"] = Implementation(
             lambda t: _compiled()(t["q"], t["k"], t["v"]), quick=False, compiles=True
@@ -60,10 +68,14 @@ def _rearranged(t: Tensors):
     return rearrange(out, "(b n) h t d -> b t n h d", b=t["q"].shape[0]).contiguous()
 
 
+def _by_clip(t: Tensors):
+    """q, k and v of each clip, (N, T, H, D) as they lie."""
+    return zip(*(t[n].transpose(1, 2) for n in "qkv"), strict=True)
+
+
 def _strided(t: Tensors):
-    by_clip = zip(*(t[n].permute(0, 2, 3, 1, 4) for n in "qkv"), strict=True)
     with sdpa_kernel(SDPBackend.EFFICIENT_ATTENTION):
-        return tuple(F.scaled_dot_product_attention(q, k, v) for q, k, v in by_clip)
+        return tuple(F.scaled_dot_product_attention(*(x.transpose(1, 2) for x in clip)) for clip in _by_clip(t))
 
 
 def _einsum(q, k, v):

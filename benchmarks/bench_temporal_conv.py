@@ -1,10 +1,12 @@
 """``temporal_conv`` beside cuDNN's conv3d and a cuBLAS product of the same size."""
 
+from functools import cache
+
 import torch
 import torch.nn.functional as F
 
 from benchmarks.harness import Implementation, Problem, Tensors, ours
-from benchmarks.levels import LEVELS, SMALL, Level
+from benchmarks.levels import LEVELS, SMALL, UNET, Level
 from univid.ops import reference, temporal_conv
 
 OP = "temporal_conv"
@@ -49,6 +51,12 @@ def implementations(level: Level, batch: int, epilogue: str) -> dict[str, Implem
         run[f"cuDNN conv3d over {layout}"] = Implementation(lambda t, dim=dim: _conv3d(t, dim))
     if epilogue != "none":
         run.pop("reference")
+        if level in UNET.values():
+            run["cuDNN conv3d over (T, 1, N), the rest compiled"] = Implementation(
+                lambda t: _compiled()(_conv3d({n: t[n] for n in ("x", "weight")}, 2), t["bias"], t["x"]),
+                quick=False,
+                compiles=True,
+            )
     else:
         run["cuBLAS product, im2col not counted"] = Implementation(
             run=lambda t: t["x"] @ t["weight"],
@@ -71,6 +79,12 @@ def _conv3d(t: Tensors, dim: int) -> torch.Tensor:
     out = F.conv3d(x, weight, t.get("bias"), padding=(weight.shape[2] // 2, 0, 0))
     out = out.permute(0, 2, 3, 4, 1).squeeze(dim)
     return out + t["x"] if "bias" in t else out
+
+
+@cache
+def _compiled():
+    """Bias and residual in one pass."""
+    return torch.compile(lambda out, bias, residual: out + bias + residual, dynamic=False)
 
 
 def _im2col(t: Tensors) -> Tensors:
