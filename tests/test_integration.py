@@ -408,14 +408,30 @@ def test_deterministic_memory_is_not_filled():
 
 def test_tf32_outlives_threads():
     """Convolutions in float32 put PyTorch's setting back, whichever of them ends last."""
-    assert torch.backends.cudnn.allow_tf32
+    cudnn = torch.backends.cudnn
+    before = cudnn.conv.fp32_precision
     first, second = ieee_convolutions(), ieee_convolutions()
     first.__enter__()
     second.__enter__()
     first.__exit__(None, None, None)
-    assert not torch.backends.cudnn.allow_tf32
+    assert cudnn.conv.fp32_precision == "ieee" != before
     second.__exit__(None, None, None)
-    assert torch.backends.cudnn.allow_tf32
+    assert cudnn.conv.fp32_precision == before and cudnn.allow_tf32
+
+
+@pytest.mark.parametrize("precision", ["ieee", "tf32"])
+def test_tf32_by_operator(precision):
+    """As PyTorch's newer setting has it, beside which the older one cannot be read."""
+    cudnn = torch.backends.cudnn
+    before = cudnn.conv.fp32_precision, cudnn.rnn.fp32_precision
+    cudnn.conv.fp32_precision, cudnn.rnn.fp32_precision = precision, "ieee" if precision == "tf32" else "tf32"
+    try:
+        with pytest.raises(RuntimeError):
+            _ = cudnn.allow_tf32
+        differentiate("conv", arguments("conv"))
+        assert cudnn.conv.fp32_precision == precision
+    finally:
+        cudnn.conv.fp32_precision, cudnn.rnn.fp32_precision = before
 
 
 # --- modules, objects, threads ----------------------------------------------------------------------------------------

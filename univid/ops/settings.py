@@ -58,11 +58,16 @@ def deterministic_algorithms(on: bool) -> AbstractContextManager:
     return _DETERMINISTIC if on else _NOTHING
 
 
-def _write_tf32(setting: bool) -> None:
-    torch.backends.cudnn.allow_tf32 = setting
+def _write_precision(setting: str) -> None:
+    torch.backends.cudnn.conv.fp32_precision = setting  # type: ignore[attr-defined]
 
 
-_IEEE_CONVOLUTIONS = Held(lambda: torch.backends.cudnn.allow_tf32, _write_tf32, lambda _: False)
+# Not cudnn.allow_tf32, which raises where its user has set convolutions and recurrent layers apart.
+_IEEE_CONVOLUTIONS = Held(
+    lambda: torch.backends.cudnn.conv.fp32_precision,  # type: ignore[attr-defined]
+    _write_precision,
+    lambda _: "ieee",
+)
 
 
 def ieee_convolutions() -> AbstractContextManager:
