@@ -1,13 +1,15 @@
 """Pictures and videos, written and read back."""
 
 import os
+import tempfile
+from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 from safetensors import SafetensorError
 
-from univid.data.files import beside, check_writable, read_image, read_video, write_frames
+from univid.data.files import beside, check_place, check_writable, read_image, read_video, write_frames
 
 
 @pytest.fixture
@@ -213,6 +215,68 @@ def test_unwritable(tmp_path, monkeypatch, name, num_frames, error):
     with pytest.raises((ValueError, OSError), match=error):
         check_writable(name if name == "." else tmp_path / name, num_frames)
     assert not list((tmp_path / "empty").iterdir())
+
+
+def test_the_folder_one_stands_in_is_kept(tmp_path, frames, monkeypatch):
+    """And what holds it, though both hold what a video's folder may."""
+    path = write_frames(frames, tmp_path / "frames")
+    monkeypatch.chdir(path)
+    with pytest.raises(ValueError, match=r"frames', which holds the current folder; a folder of its own needed$"):
+        write_frames(frames, path)
+    (tmp_path / "holds" / "me").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / "holds" / "me")
+    with pytest.raises(ValueError, match=r"^path: got '\.\.', which holds the current folder"):
+        check_place("path", Path(".."))
+
+
+def closed(monkeypatch, folder):
+    """No name can be made in ``folder``, nor one there replaced."""
+    make, rename = tempfile.mkdtemp, Path.rename
+
+    def mkdtemp(dir, **options):
+        if Path(dir) == folder:
+            raise PermissionError(13, "Permission denied", str(dir))
+        return make(dir=dir, **options)
+
+    def moved(self, target):
+        assert folder not in (self.parent, Path(target).parent)
+        return rename(self, target)
+
+    monkeypatch.setattr(tempfile, "mkdtemp", mkdtemp)
+    monkeypatch.setattr(Path, "rename", moved)
+
+
+def test_an_empty_folder_is_filled(tmp_path, frames, monkeypatch):
+    """One's own, in a folder that is not, as where a disk is mounted."""
+    (tmp_path / "mine").mkdir()
+    closed(monkeypatch, tmp_path)
+    before = (tmp_path / "mine").stat().st_ino
+    write_frames(frames, tmp_path / "mine")
+    assert len(list((tmp_path / "mine").iterdir())) == len(frames)
+    assert (tmp_path / "mine").stat().st_ino == before
+    with pytest.raises(PermissionError, match=rf"^output: .*mine cannot be written: {tmp_path}: Permission denied$"):
+        check_writable(tmp_path / "mine")  # it is not empty any more
+
+
+def test_an_empty_folder_is_filled_or_stays_empty(tmp_path, frames, monkeypatch):
+    rename = Path.rename
+
+    def full(self, target):
+        if self.name == "0003.png" and target.parent == tmp_path:
+            raise OSError(28, "No space left on device")
+        return rename(self, target)
+
+    monkeypatch.setattr(Path, "rename", full)
+    with pytest.raises(OSError, match="No space left"):
+        write_frames(frames, tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_mount_point_is_not_replaced(tmp_path, frames, monkeypatch):
+    write_frames(frames, tmp_path)
+    monkeypatch.setattr(os.path, "ismount", lambda path: path == tmp_path)
+    with pytest.raises(PermissionError, match="is a mount point, which cannot be replaced; another name needed"):
+        check_writable(tmp_path)
 
 
 def test_bad_frames_write_nothing(tmp_path, frames):

@@ -15,6 +15,7 @@ from diffusers import DDIMScheduler, EulerDiscreteScheduler, UNet2DConditionMode
 from safetensors.torch import load_file, save_file
 
 from tests.small_pipeline import CLIP, RED, SCHEDULE, SETTINGS, frames, interrupt, make
+from tests.test_files import closed
 from univid import UniVidPipeline
 from univid.data.autoencoder import load_autoencoder
 from univid.data.clip import CONFIG, VOCABULARY, WEIGHTS, build_clip
@@ -154,6 +155,31 @@ def test_saving_replaces_all_or_nothing(pipe, tmp_path, monkeypatch):
     assert list(tmp_path.iterdir()) == [folder]
     with pytest.raises(FileExistsError, match="is a file; a folder's name needed"):
         pipe.save_pretrained(folder / "README.md")
+
+
+@pytest.mark.parametrize("name", ["", ".", "..", "../..", "{}"])
+def test_the_folder_one_stands_in_is_not_replaced(pipe, tmp_path, monkeypatch, name):
+    (tmp_path / "holds" / "me").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / "holds" / "me")
+    with pytest.raises(
+        ValueError, match=r"^path: got '.*', which holds the current folder; a folder of its own needed$"
+    ):
+        pipe.save_pretrained(name.format(tmp_path))
+    assert sorted(tmp_path.rglob("*")) == [tmp_path / "holds", tmp_path / "holds" / "me"]
+
+
+def test_saving_where_nothing_can_be_written(pipe, tmp_path, monkeypatch):
+    """Said before it is tried, of the folder that has no room."""
+    (tmp_path / "mine").mkdir()
+    closed(monkeypatch, tmp_path)
+    pipe.save_pretrained(tmp_path / "mine")
+    UniVidPipeline.from_pretrained(tmp_path / "mine")
+    monkeypatch.setattr(pipe, "_write", lambda *_: pytest.fail("it was written"))
+    for name in ("mine", "other"):
+        with pytest.raises(
+            PermissionError, match=rf"^path: .*{name} cannot be written: {tmp_path}: Permission denied$"
+        ):
+            pipe.save_pretrained(tmp_path / name)
 
 
 @pytest.mark.parametrize("links", [True, False])

@@ -24,7 +24,17 @@ from tqdm import tqdm
 from univid.checkpoint import PARTS, find
 from univid.data.autoencoder import Autoencoder, load_autoencoder
 from univid.data.clip import VOCABULARY, Clip, load_clip
-from univid.data.files import Frames, beside, check_fps, check_writable, numbered, read_image, write_frames
+from univid.data.files import (
+    Frames,
+    beside,
+    check_fps,
+    check_place,
+    check_writable,
+    is_empty,
+    numbered,
+    read_image,
+    write_frames,
+)
 from univid.data.tensors import CLIP_WEIGHTS, HALF_WEIGHTS, WEIGHTS, read_json
 from univid.graphs import Graphed, Pace, graph_key
 from univid.guidance import Pass, Weight, absent, by_level, guide, passes, scalar
@@ -157,15 +167,18 @@ class UniVidPipeline:
         model stays in it.
 
         Raises:
-            FileExistsError: ``path`` is a file.
+            ValueError: ``path`` is, or holds, the folder one stands in. FileExistsError: it is a file. PermissionError: it
+                cannot be written.
         """
-        path = Path(path).resolve()  # where a link leads, not the link, is replaced
+        path = Path(path)
         if path.exists() and not path.is_dir():
             raise FileExistsError(f"path: {path} is a file; a folder's name needed")
-        path.parent.mkdir(parents=True, exist_ok=True)
-        beside(path, partial(self._write, path))
+        real = path.resolve()  # where a link leads, not the link, is replaced
+        real.parent.mkdir(parents=True, exist_ok=True)
+        check_place("path", path)
+        beside(real, partial(self._write, None if is_empty(real) else real))
 
-    def _write(self, there: Path, path: Path) -> None:
+    def _write(self, there: Path | None, path: Path) -> None:
         """All parts under ``path``, and what else is ``there``."""
         self.unet.save_pretrained(path / "unet")
         self.adapter.save_pretrained(path / "image_adapter")
@@ -180,7 +193,7 @@ class UniVidPipeline:
             former = (WEIGHTS, HALF_WEIGHTS, *CLIP_WEIGHTS, VOCABULARY) if str(inside) in PARTS else ()
             return {name for name in names if (path / inside / name).is_file() or name in former}
 
-        if there.is_dir():
+        if there is not None and there.is_dir():
             shutil.copytree(there, path, True, replaced, _link, dirs_exist_ok=True)
 
     def to(self, device: torch.device | str) -> UniVidPipeline:

@@ -51,11 +51,31 @@ def check_writable(path: str | Path, num_frames: int = 2) -> Path:
         raise FileExistsError(f"output: {path} is neither a file nor a folder; another name needed")
     if real.exists() and not os.access(real, os.W_OK):
         raise PermissionError(f"output: {path} cannot be written")
-    try:  # as it will be: what permissions say is not all, for root and on other machines' disks
-        _room(real).rmdir()
-    except OSError as error:
-        raise PermissionError(f"output: {path} cannot be written: {error.strerror}") from None
+    check_place("output", path)
     return path
+
+
+def check_place(name: str, path: Path) -> None:
+    """See that :func:`beside` will be able to write ``path``; ``name`` is what the message calls it.
+
+    Raises:
+        ValueError: it is, or holds, the folder one stands in, which would be gone. PermissionError: it cannot be written.
+    """
+    real, here = path.resolve(), Path.cwd()
+    if real in (here, *here.parents):
+        raise ValueError(f"{name}: got {str(path)!r}, which holds the current folder; a folder of its own needed")
+    if os.path.ismount(real) and not is_empty(real):
+        raise PermissionError(f"{name}: {path} is a mount point, which cannot be replaced; another name needed")
+    folder = _around(real)
+    try:  # as it will be: what permissions say is not all, for root and on other machines' disks
+        _room(folder, real.name).rmdir()
+    except OSError as error:
+        raise PermissionError(f"{name}: {path} cannot be written: {folder}: {error.strerror}") from None
+
+
+def is_empty(path: Path) -> bool:
+    """Whether that is a folder with nothing in it."""
+    return path.is_dir() and next(path.iterdir(), None) is None
 
 
 def check_fps(fps: float) -> float:
@@ -207,13 +227,14 @@ def _is_written(folder: Path) -> bool:
 def beside(path: Path, write: Callable[[Path], object]) -> None:
     """``write(partial)``, then its file or folder takes the place of ``path``; if it fails, what was there still is.
 
-    Where a link leads, not the link, is replaced.
+    Where a link leads, not the link, is replaced. An empty folder is filled: it may be a mount point.
 
     Raises:
         OSError: it could not be written, as on a full disk; names ``path``.
     """
     real = path.resolve()
-    room = _room(real)
+    folder = _around(real)
+    room = _room(folder, real.name)
     partial = room / real.name
     try:
         try:
@@ -224,10 +245,13 @@ def beside(path: Path, write: Callable[[Path], object]) -> None:
             if error.errno and str(error.filename or room).startswith(str(room)):
                 raise OSError(error.errno, error.strerror, str(path)) from error
             raise
+        if folder == real:
+            _fill(real, partial)
+            return
         if not real.is_dir():
             partial.replace(real)
             return
-        old = _room(partial) / real.name  # a folder that is not empty cannot be replaced at once
+        old = _room(room, real.name) / real.name  # a folder that is not empty cannot be replaced at once
         real.rename(old)
         try:
             partial.rename(real)
@@ -239,7 +263,25 @@ def beside(path: Path, write: Callable[[Path], object]) -> None:
         shutil.rmtree(room, ignore_errors=True)
 
 
-def _room(path: Path) -> Path:
-    """An empty folder beside ``path``."""
+def _fill(folder: Path, partial: Path) -> None:
+    """Move what is in ``partial`` into ``folder``: all of it, or nothing."""
+    names = [child.name for child in partial.iterdir()]
+    try:
+        for name in names:
+            (partial / name).rename(folder / name)
+    except BaseException:
+        for name in names:
+            if not (partial / name).exists():
+                (folder / name).rename(partial / name)
+        raise
+
+
+def _around(path: Path) -> Path:
+    """Where there is room to write ``path``: beside it, or in it, an empty folder."""
+    return path if is_empty(path) else path.parent
+
+
+def _room(folder: Path, name: str) -> Path:
+    """An empty folder in ``folder``, for ``name``."""
     # Of a name as long as names can be, the whole and more would be too long.
-    return Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name[:32]}."))
+    return Path(tempfile.mkdtemp(dir=folder, prefix=f".{name[:32]}."))
