@@ -1,6 +1,7 @@
 """Weights on disk: Stable Diffusion's files, ours, and what is wrong with some."""
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -120,8 +121,17 @@ def test_folders(theirs, pipeline):
     }
     assert all(torch.equal(ours[name], x) for name, x in theirs.state_dict().items())
     folder = load_sd21(pipeline / "unet")
-    assert folder.config.prediction_type == "v_prediction"
+    assert folder.config == unet.config
     assert equal(folder, unet, but=TEMPORAL)
+
+
+def test_what_a_u_net_predicts(pipeline, tmp_path, monkeypatch):
+    """Its pipeline's scheduler says it, wherever one stands; without one it is v."""
+    monkeypatch.chdir(pipeline / "unet")
+    assert load_sd21(".").config.prediction_type == "epsilon"
+    assert load_sd21(".", prediction_type="sample").config.prediction_type == "sample"
+    alone = shutil.copytree(pipeline / "unet", tmp_path / "unet")
+    assert load_sd21(alone).config.prediction_type == "v_prediction"
 
 
 def test_what_is_new_changes_nothing(pipeline):

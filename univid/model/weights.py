@@ -79,9 +79,9 @@ def load_sd21(path: str | Path, torch_dtype: torch.dtype | None = None, **choice
     of the text's.
 
     Args:
-        path: a local diffusers pipeline or U-Net folder (shape from its ``config.json``, ``prediction_type`` from a
-            pipeline's scheduler), or a single safetensors file with diffusers' or CompVis' key names, of which parts other
-            than the U-Net are ignored.
+        path: a local diffusers pipeline or U-Net folder (shape from its ``config.json``, ``prediction_type`` from the
+            pipeline's ``scheduler/`` where there is one), or a single safetensors file with diffusers' or CompVis' key
+            names, of which parts other than the U-Net are ignored.
         torch_dtype: of the parameters; the file's by default.
         choices: fields of :class:`UNetConfig` to replace, such as ``prediction_type`` for a single file of 2.1-base.
 
@@ -96,11 +96,11 @@ def load_sd21(path: str | Path, torch_dtype: torch.dtype | None = None, **choice
 
     path = Path(path)
     if path.is_dir():
-        pipeline = (path / "unet" / CONFIG).is_file()
-        folder = path / "unet" if pipeline else path
-        if pipeline and (path / "scheduler" / "scheduler_config.json").is_file():
-            scheduler = read_json(path / "scheduler" / "scheduler_config.json")
-            choices = {"prediction_type": scheduler.get("prediction_type", "epsilon")} | choices
+        folder = path / "unet" if (path / "unet" / CONFIG).is_file() else path
+        whole = folder.absolute()
+        scheduler = whole.parent / "scheduler" / "scheduler_config.json"
+        if whole.name == "unet" and scheduler.is_file():
+            choices = {"prediction_type": read_json(scheduler).get("prediction_type", "epsilon")} | choices
         config = UNetConfig.from_diffusers(read_json(folder / CONFIG), str(folder / CONFIG), **choices)
         tensors = read_safetensors(find_weights(folder))
     else:
