@@ -161,6 +161,15 @@ def test_info(model, capsys):
         assert part in printed
 
 
+def test_info_of_a_configuration_that_is_none(model, tmp_path, capsys):
+    folder = shutil.copytree(model, tmp_path / "model")
+    path = folder / "unet" / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"univid": [1]}))
+    for command in (["info", str(folder)], ["generate", "x", "--model", str(folder), "-o", str(tmp_path / "x.mp4")]):
+        assert main(command) == 2
+        assert capsys.readouterr().err == f"univid: {path}: univid: got [1], needs an object\n"
+
+
 def test_info_without_settings(model, tmp_path, capsys):
     """Which `generate` takes as well."""
     folder = shutil.copytree(model, tmp_path / "model")

@@ -152,6 +152,18 @@ def test_same_seed_same_video_whatever_the_batch(pipe):
     drawn = [frames(pipe, "a cat", generator=torch.Generator().manual_seed(5)) for _ in range(2)]
     assert np.array_equal(*drawn)
     assert np.array_equal(drawn[0][0], frames(pipe, "a cat", seed=5)[0])
+    each = [torch.Generator().manual_seed(5 + i) for i in range(2)]
+    assert np.array_equal(frames(pipe, "a cat", generator=each, num_videos=2), pair)
+
+
+def test_same_seed_same_video_whatever_the_default_dtype(pipe):
+    given = {"text_weight": 0.5, "image_weight": [1, 0.5, 2]}
+    expected = frames(pipe, "a cat", RED, **given)
+    torch.set_default_dtype(torch.float64)
+    try:
+        assert np.abs(frames(pipe, "a cat", RED, **given).astype(int) - expected).max() <= 1
+    finally:
+        torch.set_default_dtype(torch.float32)
 
 
 def test_lists(pipe):
@@ -186,7 +198,9 @@ def test_schedulers(pipe, monkeypatch, scheduler, spacing):
 def test_weights_that_are_not_finite(part):
     broken = make()
     next(attrgetter(part)(broken).parameters()).data.fill_(float("nan"))
-    with pytest.raises(FloatingPointError, match=r"^frames: got numbers that are not finite"):
+    with pytest.raises(
+        FloatingPointError, match=r"^frames: got numbers that are not finite; .* guidance scales .*needed$"
+    ):
         frames(broken, "a cat")
 
 
@@ -227,6 +241,19 @@ def test_a_picture(pipe, tmp_path):
         ({"prompt": "x", "fps": float("inf")}, "fps: got inf; a number from 0.01 to 240 needed"),
         ({"prompt": "x", "fps": 1e9}, "fps: got 1000000000.0; a number from"),
         ({"prompt": "x", "fps": -8}, "fps: got -8; a number from"),
+        ({"prompt": "x", "fps": "8"}, "fps: got '8'; a number needed"),
+        ({"prompt": "x", "guidance_scale": "7"}, "guidance_scale: got '7'; a number needed"),
+        ({"prompt": "x", "image_guidance_scale": [5.0]}, r"image_guidance_scale: got \[5.0\]; a number needed"),
+        ({"prompt": "x", "guidance_rescale": 1j}, "guidance_rescale: got 1j; a number needed"),
+        ({"prompt": "x", "scheduler": ["ddim"]}, r"scheduler: got \['ddim'\]; one of ddim"),
+        (
+            {"prompt": "x", "generator": 3},
+            "generator: got 3; a torch.Generator on the CPU, or one for each video, needed",
+        ),
+        ({"prompt": "x", "generator": [None]}, r"generator: got \[None\]; a torch.Generator on the CPU"),
+        ({"prompt": "x", "generator": []}, "generator: got 0 of them for 1 videos; one, or one for each, needed"),
+        ({"prompt": "x", "callback": "print"}, "callback: got 'print'; a function needed"),
+        ({"prompt": "x", "num_videos": 10**8}, "num_videos: got 100000000; at most 10000 needed"),
         ({"prompt": "x", "steps": 1001}, "steps: got 1001; at most 1000 needed"),
         ({"prompt": "x", "steps": 2000, "scheduler": "dpm++"}, "steps: got 2000; at most 1000 needed"),
         ({"prompt": "x", "steps": 2000, "scheduler": "euler"}, "steps: got 2000; at most 1000 needed"),
@@ -240,6 +267,8 @@ def test_a_picture(pipe, tmp_path):
         ({"prompt": "x", "text_weight": [1, 2]}, "text_weight: got 2 weights, 3 needed"),
         ({"prompt": "x", "text_weight": {3: 1}}, "text_weight: got weights of level 3"),
         ({"prompt": "x", "text_weight": None}, "text_weight: got None; a number, or one for every frame, needed"),
+        ({"prompt": "x", "text_weight": "123"}, "text_weight: got '123'; a number, or one for every frame, needed"),
+        ({"prompt": "x", "text_weight": ["1"] * 3}, r"text_weight: got \['1', .*\]; a number, or one for every frame"),
         ({"prompt": "x", "image_weight": "all"}, "image_weight: got 'all'; a number, or one for every frame, needed"),
         (
             {"prompt": "x", "image_weight": {1: None}},
@@ -261,7 +290,8 @@ def test_a_picture(pipe, tmp_path):
         ({"image": "nowhere.png"}, "image: nowhere.png does not exist"),
     ],
 )
-def test_bad_input(pipe, given, error):
+def test_bad_input(pipe, monkeypatch, given, error):
+    monkeypatch.setattr(pipe.clip, "text", lambda *_: pytest.fail("it was computed"))
     with pytest.raises((ValueError, TypeError, FileNotFoundError), match=error):
         frames(pipe, **given)
 
@@ -283,6 +313,46 @@ def test_steps_that_a_schedule_does_not_have(pipe, monkeypatch, spacing, offset,
             ValueError, match=rf"^steps: got {steps}; {re.escape(scheduler)} finds no .*{spacing} spacing"
         ):
             frames(pipe, "a cat", steps=steps, scheduler=scheduler)
+
+
+@pytest.mark.parametrize(
+    ("schedule", "scheduler", "error"),
+    [
+        (
+            {"algorithm_type": "sde-dpmsolver++"},
+            "dpm++",
+            "scheduler: algorithm_type: got 'sde-dpmsolver.*; one that draws no noise needed",
+        ),
+        (
+            {"prediction_type": "epsilon"},
+            "ddim",
+            "scheduler: got ddim, with prediction_type epsilon and rescale_betas_zero_snr; .*another schedule needed",
+        ),
+    ],
+)
+def test_schedules_that_a_scheduler_cannot_sample_by(pipe, monkeypatch, schedule, scheduler, error):
+    monkeypatch.setattr(pipe, "scheduler", pipe.scheduler | schedule)
+    for other in SCHEDULERS.keys() - {scheduler}:
+        frames(pipe, "a cat", scheduler=other)
+    monkeypatch.setattr(pipe.unet, "forward", lambda *_, **__: pytest.fail("it was sampled"))
+    with pytest.raises(ValueError, match=f"^{error}"):
+        frames(pipe, "a cat", scheduler=scheduler)
+
+
+@pytest.mark.parametrize("device", ["phone", "meta:x", torch.float16, None])
+def test_a_device_that_is_none_changes_nothing(pipe, device):
+    with pytest.raises((RuntimeError, TypeError)) as error:
+        pipe.to(device)
+    assert len(str(error.value).splitlines()) == 1
+    assert pipe.device == torch.device("cpu")
+
+
+def test_a_device_that_is_full_changes_nothing(monkeypatch):
+    pipe = make()
+    monkeypatch.setattr(pipe.unet, "to", lambda device: interrupt())
+    with pytest.raises(KeyboardInterrupt):
+        pipe.to("meta")
+    assert pipe.device == torch.device("cpu")
 
 
 @pytest.mark.parametrize(

@@ -20,8 +20,12 @@ from univid import UniVidPipeline
 from univid.data.autoencoder import load_autoencoder
 from univid.data.clip import CONFIG, VOCABULARY, WEIGHTS, build_clip
 from univid.data.files import read_video
-from univid.model import ImageAdapter
+from univid.model import ImageAdapter, UNet, UNetConfig
 from univid.schedulers import SCHEDULERS
+
+
+def tiny(**choices) -> UNet:
+    return UNet(dataclasses.replace(UNetConfig.load("tiny"), **choices))
 
 
 @pytest.fixture(scope="module")
@@ -90,6 +94,13 @@ def test_bad_settings(pipe, tmp_path, choices, error):
         ("scheduler/scheduler_config", "num_train_timesteps", "x", "is not of a diffusers scheduler: linspace"),
         ("image_adapter/config", "image_tokens", "all", "image_tokens: got 'all', needs patch or global"),
         ("vae/config", "norm_num_groups", 0, "is not of diffusers' AutoencoderKL"),
+        *(
+            ("vae/config", "scaling_factor", x, f"scaling_factor: got {x!r}, needs a number > 0")
+            for x in (None, "x", 0)
+        ),
+        *(("vae/config", name, 0.5, f"{name}: got 0.5, needs null") for name in ("shift_factor", "latents_mean")),
+        ("vae/config", "latents_std", [1.0] * 4, r"latents_std: got \[1.0, .*\], needs null"),
+        ("unet/config", "univid", [], r"unet/config.json: univid: got \[\], needs an object"),
     ],
 )
 def test_bad_configurations(pipe, tmp_path, file, name, value, error):
@@ -98,6 +109,21 @@ def test_bad_configurations(pipe, tmp_path, file, name, value, error):
     path.write_text(json.dumps(json.loads(path.read_text()) | {name: value}))
     with pytest.raises(ValueError, match=error):
         UniVidPipeline.from_pretrained(tmp_path)
+
+
+def test_a_pipelines_folder_comes_before_a_model_that_ships(pipe, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("shapes").mkdir()  # of pictures, say
+    assert UniVidPipeline.from_pretrained("shapes").settings.num_frames == 16
+    pipe.save_pretrained("shapes")
+    assert UniVidPipeline.from_pretrained("shapes").settings == pipe.settings
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", None, torch.int32])
+def test_a_dtype_that_is_none(tmp_path, dtype):
+    for load in (UniVidPipeline.from_pretrained, lambda path, **given: UniVidPipeline.from_sd21(path, path, **given)):
+        with pytest.raises(TypeError, match=rf"^torch_dtype: got {dtype!r}; torch.float32, .* needed$"):
+            load(tmp_path, torch_dtype=dtype)
 
 
 @pytest.mark.parametrize(
@@ -110,6 +136,13 @@ def test_bad_configurations(pipe, tmp_path, file, name, value, error):
         ),
         ("adapter", lambda: ImageAdapter(40, 32), "image_adapter: context_dim: got 32, needs 24, as its unet"),
         ("adapter", lambda: ImageAdapter(32, 24), "image_adapter: image_dim: got 32, needs 40, as its clip"),
+        (
+            "adapter",
+            lambda: ImageAdapter(40, 24, "global"),
+            "image_adapter: image_tokens: got 'global', needs 'patch', as its unet",
+        ),
+        ("unet", lambda: tiny(image_dim=32), "image_adapter: image_dim: got 40, needs 32, as its unet"),
+        ("unet", lambda: tiny(out_channels=8), "unet: out_channels: got 8, needs 4, as its in_channels"),
     ],
 )
 def test_parts_of_other_models(tmp_path, part, other, error):
@@ -219,6 +252,7 @@ def test_from_sd21(pipe, tmp_path):
     pipe.clip.save(tmp_path / "clip")
     made = UniVidPipeline.from_sd21(tmp_path, tmp_path / "clip")
     assert made.unet.config.prediction_type == "v_prediction"
+    assert made.unet.config.image_dim == made.clip.image_dim == 40
     size = {"num_frames": 1, "height": 16, "width": 32, "steps": 2, "guidance_scale": 1.0}
     latents = []
     made("a cat", **size, progress=False, callback=lambda *s: latents.append(s[2]))

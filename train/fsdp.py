@@ -35,7 +35,7 @@ from train.processes import Processes, device_kind, processes
 from train.sharding import Denoiser, checkpoint_activations, compile_blocks, materialise, shard
 from train.stages import STAGES, Draw, Frames, draw, plan, reference_frames
 from train.validation import averaged, validate
-from univid.checkpoint import MODELS
+from univid.checkpoint import MODELS, is_pipeline
 from univid.data.files import beside, read_image
 from univid.model.config import CONFIGS as UNETS
 
@@ -269,15 +269,16 @@ def check_beside(model: Model, typed: Sequence[str]) -> None:
 def write_config(config: Config) -> None:
     """``config.json``, without which no checkpoint can be exported: whole, or as it was; from any folder."""
     table = dataclasses.asdict(config)
-    table["model"] = {name: _from_anywhere(value) for name, value in table["model"].items()}
+    table["model"] = {name: _from_anywhere(name, value) for name, value in table["model"].items()}
     text = json.dumps(table, indent=1) + "\n"
     with writing(Path(config.run)):
         beside(Path(config.run) / "config.json", lambda partial: partial.write_text(text))
 
 
-def _from_anywhere(value: str) -> str:
+def _from_anywhere(field: str, value: str) -> str:
     """A path, which may stand after a name and a colon, as an absolute one; the names of what ships as they are."""
-    shipped = {path.name for path in MODELS.iterdir()} | {path.stem for path in UNETS.glob("*.toml")}
+    models = {path.name for path in MODELS.iterdir() if not is_pipeline(Path(path.name))}
+    shipped = {path.stem for path in UNETS.glob("*.toml")} if field == "unet" else models
     name, colon, path = ("", "", value) if Path(value).exists() else value.rpartition(":")
     return f"{name}{colon}{Path(path).absolute()}" if path and path not in shipped and Path(path).exists() else value
 

@@ -8,26 +8,30 @@ from pathlib import Path
 
 from safetensors import safe_open
 
-from univid.data.tensors import check_safetensors, read_json
+from univid.data.tensors import check_safetensors, object_in, read_json
 
 PARTS = ("unet", "image_adapter", "vae", "clip")
 MODELS = Path(__file__).parent / "models"  # what ships in the package
 
 
 def find(name: str | Path, argument: str = "model") -> Path:
-    """A checkpoint's folder: one that ships, by its name, or a path.
+    """A checkpoint's folder: a path, or one that ships, by its name. A pipeline's folder of that name comes first.
 
     Raises:
         FileNotFoundError: neither; ``argument`` is what the message calls it.
     """
     shipped = sorted(path.name for path in MODELS.glob("*/"))
-    if str(name) in shipped:
+    if str(name) in shipped and not is_pipeline(Path(name)):
         return MODELS / name
     if name and Path(name).is_dir():  # "" is not the folder one stands in
         return Path(name)
     raise FileNotFoundError(
         f"{argument}: got {str(name)!r}; a checkpoint's folder or one of {', '.join(shipped)} needed"
     )
+
+
+def is_pipeline(folder: Path) -> bool:
+    return (folder / "unet" / "config.json").is_file()
 
 
 def describe(folder: Path) -> str:
@@ -48,8 +52,9 @@ def describe(folder: Path) -> str:
         lines.append(
             f"{part:<14} {parameters / 1e6:9.2f}M parameters in {tensors:4} tensors  {kind:<8} {size / 1e6:9.1f} MB"
         )
+    unet = folder / "unet" / "config.json"
     described = {
-        "U-Net": read_json(folder / "unet" / "config.json").get("univid", {}),
+        "U-Net": object_in(read_json(unet), "univid", unet),
         "noise": read_json(folder / "scheduler" / "scheduler_config.json"),
     }
     if (settings := folder / "generation.json").exists():  # generating does without

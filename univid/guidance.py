@@ -80,9 +80,16 @@ def _weight(name: str, weight: float | Sequence[float], num_frames: int) -> floa
     if isinstance(weight, (int, float)):
         return float(weight)
     try:
-        each = [float(w) for w in weight]
-    except (TypeError, ValueError):
+        each = [_number(w) for w in weight]
+    except TypeError:
         raise TypeError(f"{name}: got {weight!r}; a number, or one for every frame, needed") from None
     if len(each) != num_frames:
         raise ValueError(f"{name}: got {len(each)} weights, {num_frames} needed, one for every frame")
-    return torch.tensor(each)
+    return torch.tensor(each, dtype=torch.float32)
+
+
+def _number(value: Any) -> float:
+    value = scalar(value)
+    if not isinstance(value, (int, float)):
+        raise TypeError
+    return float(value)

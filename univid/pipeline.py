@@ -7,20 +7,18 @@ import math
 import os
 import shutil
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from einops import rearrange
-from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
+from univid.arguments import Picture, conditions, generators
 from univid.checkpoint import PARTS, find
 from univid.data.autoencoder import Autoencoder, load_autoencoder
 from univid.data.clip import VOCABULARY, Clip, load_clip
@@ -32,7 +30,6 @@ from univid.data.files import (
     check_writable,
     is_empty,
     numbered,
-    read_image,
     write_frames,
 )
 from univid.data.tensors import CLIP_WEIGHTS, HALF_WEIGHTS, WEIGHTS, read_json
@@ -45,8 +42,6 @@ from univid.schedulers import SCHEDULERS, chosen, read_schedule, sampler_of, wri
 SETTINGS = "generation.json"
 
 Given = tuple[int, tuple, dict[str, Any]]  # of a batch of passes: their number, the U-Net's keys, and its options
-
-Picture = str | Path | Image.Image | np.ndarray | Tensor
 
 
 @dataclass(frozen=True)
@@ -109,11 +104,12 @@ class UniVidPipeline:
 
     @classmethod
     def from_pretrained(cls, path: str | Path, torch_dtype: torch.dtype = torch.float32) -> UniVidPipeline:
-        """From a folder that :meth:`save_pretrained` wrote, or one that ships, by its name.
+        """From a folder that :meth:`save_pretrained` wrote, or, where there is none of that name, one that ships.
 
         Raises:
             FileNotFoundError, ValueError: a part that is missing, or does not fit its configuration or the other parts.
         """
+        _check_dtype(torch_dtype)
         path = find(path, "path")
         return cls(
             UNet.from_pretrained(path / "unet", torch_dtype=torch_dtype),
@@ -133,9 +129,10 @@ class UniVidPipeline:
         Args:
             sd_path: a diffusers pipeline's folder, with unet/, vae/ and scheduler/. clip_path: what :func:`load_clip` takes.
         """
+        _check_dtype(torch_dtype)
         sd_path = Path(sd_path)
-        unet = load_sd21(sd_path, torch_dtype=torch_dtype)
         clip = load_clip(clip_path, torch_dtype)
+        unet = load_sd21(sd_path, torch_dtype=torch_dtype, image_dim=clip.image_dim)
         adapter = ImageAdapter(clip.image_dim, unet.config.context_dim, unet.config.image_tokens)
         return cls(
             unet,
@@ -155,6 +152,9 @@ class UniVidPipeline:
             ("clip: text_cfg.width", self.clip.text_dim, unet.context_dim, "unet"),
             ("image_adapter: context_dim", adapter["context_dim"], unet.context_dim, "unet"),
             ("image_adapter: image_dim", adapter["image_dim"], self.clip.image_dim, "clip"),
+            ("image_adapter: image_dim", adapter["image_dim"], unet.image_dim, "unet"),
+            ("image_adapter: image_tokens", adapter["image_tokens"], unet.image_tokens, "unet"),
+            ("unet: out_channels", unet.out_channels, unet.in_channels, "in_channels"),
         ):
             if got != needed:
                 raise ValueError(f"path: {path}: {name}: got {got!r}, needs {needed!r}, as its {whose}")
@@ -186,6 +186,8 @@ class UniVidPipeline:
         self.clip.save(path / "clip")
         write_schedule(self.scheduler, path / "scheduler")
         (path / SETTINGS).write_text(json.dumps(asdict(self.settings), indent=1) + "\n")
+        if there is None or not there.is_dir():
+            return
 
         def replaced(folder: str, names: list[str]) -> set[str]:
             """What was written anew, and a former model's weights and words, which would be read with the new ones."""
@@ -193,16 +195,18 @@ class UniVidPipeline:
             former = (WEIGHTS, HALF_WEIGHTS, *CLIP_WEIGHTS, VOCABULARY) if str(inside) in PARTS else ()
             return {name for name in names if (path / inside / name).is_file() or name in former}
 
-        if there is not None and there.is_dir():
-            shutil.copytree(there, path, True, replaced, _link, dirs_exist_ok=True)
+        shutil.copytree(there, path, True, replaced, _link, dirs_exist_ok=True)
 
     def to(self, device: torch.device | str) -> UniVidPipeline:
         """Move all parts. On a GPU the U-Net runs as a CUDA graph, which is kept for calls of the same sizes until one of
         others, or the next move."""
-        self.device, self._kept = torch.device(device), None
+        if not isinstance(device, (str, int, torch.device)):
+            raise TypeError(f"device: got {device!r}; a device or its name needed")
+        device, self._kept = torch.device(device), None
         for part in (self.unet, self.adapter, self.vae):
-            part.to(self.device)
-        self.clip.to("cpu" if self.low_memory else self.device)
+            part.to(device)
+        self.clip.to("cpu" if self.low_memory else device)
+        self.device = device
         return self
 
     def enable_low_memory(self) -> UniVidPipeline:
@@ -230,7 +234,7 @@ class UniVidPipeline:
         text_weight: Weight = 1.0,
         image_weight: Weight = 1.0,
         seed: int | None = 0,
-        generator: torch.Generator | None = None,
+        generator: torch.Generator | Sequence[torch.Generator] | None = None,
         num_videos: int = 1,
         callback: Callable[[int, int, Tensor], None] | None = None,
         progress: bool = True,
@@ -245,7 +249,8 @@ class UniVidPipeline:
                 guidance_rescale: the checkpoint's settings by default. One frame makes a picture.
             text_weight, image_weight: how much each condition counts: a number, one for every frame, or either by level, as
                 ``{1: 0.5, 8: 2.0}`` (a level that is not named counts 1).
-            seed: video i is drawn from seed + i, whatever is drawn with it; or a ``generator`` (CPU) that all are drawn from.
+            seed: video i is drawn from seed + i, whatever is drawn with it; or a ``generator`` (CPU) that all are
+                drawn from, or one for each video.
             num_videos: of each prompt. callback: called as ``callback(step, steps, latents)`` after every step.
 
         Raises:
@@ -282,16 +287,16 @@ class UniVidPipeline:
             warnings.warn(
                 "negative_prompt: without a prompt the text takes no part, and so it does nothing", stacklevel=3
             )
-        prompts, pictures, videos = _conditions(prompt, image, scalar(num_videos))
-        seed = 0 if seed is None else scalar(seed)
-        if type(seed) is not int or not -(2**63) <= seed < 2**63 - videos:
-            raise ValueError(f"seed: got {seed!r}; a whole number of 64 bits needed")
+        prompts, pictures, videos = conditions(prompt, image, scalar(num_videos))
+        drawn = generators(generator, scalar(seed), videos)
+        if callback is not None and not callable(callback):
+            raise TypeError(f"callback: got {callback!r}; a function needed")
         plan = passes(with_text, with_image, s.guidance_scale, s.image_guidance_scale)
         with self._clip_on_device():
             text = self._text(prompts, negative_prompt or "", videos) if with_text else None
             tokens = self._tokens(pictures, videos) if with_image else None
         times = sampler.timesteps.to(self.device, torch.float32)  # whichever the scheduler: one graph serves all
-        latents = self._noise(videos, s, seed, generator).to(self.device) * sampler.init_noise_sigma
+        latents = self._noise(drawn, s).to(self.device) * sampler.init_noise_sigma
         bar = tqdm(sampler.timesteps, "Sampling", disable=not progress, unit="step")
         pace = Pace(self.device)
         batches = [[one] for one in plan] if self.low_memory else [plan]
@@ -384,12 +389,11 @@ class UniVidPipeline:
         tokens = torch.cat([self.adapter(self.clip.image(picture[None].to(self.device))) for picture in pictures])
         return tokens.repeat_interleave(videos // len(pictures), 0)
 
-    def _noise(self, videos: int, s: Settings, seed: int, generator: torch.Generator | None) -> Tensor:
+    def _noise(self, drawn: Iterable[torch.Generator], s: Settings) -> Tensor:
         """``(V, T, C, h, w)``, drawn on the CPU, so that a seed means the same everywhere."""
         f = self.vae.factor
         shape = (s.num_frames, self.unet.config.in_channels, s.height // f, s.width // f)
-        generators = (generator or torch.Generator().manual_seed(seed + i) for i in range(videos))
-        return torch.stack([torch.randn(shape, generator=g) for g in generators])
+        return torch.stack([torch.randn(shape, generator=one, dtype=torch.float32) for one in drawn])
 
     # --- arguments ---------------------------------------------------------------------------------------------------------------
 
@@ -412,11 +416,14 @@ class UniVidPipeline:
         noised = self.scheduler.get("num_train_timesteps", 1000)  # diffusers' default
         if s.steps > noised:
             raise ValueError(f"steps: got {s.steps}; at most {noised} needed, the scheduler's num_train_timesteps")
+        for name in ("fps", "guidance_scale", "image_guidance_scale", "guidance_rescale"):
+            if type(getattr(s, name)) not in (int, float):
+                raise TypeError(f"{name}: got {getattr(s, name)!r}; a number needed")
         check_fps(s.fps)
         for name in ("guidance_scale", "image_guidance_scale"):
             if not math.isfinite(getattr(s, name)):
                 raise ValueError(f"{name}: got {getattr(s, name)}; a finite number needed")
-        if s.scheduler not in SCHEDULERS:
+        if not isinstance(s.scheduler, str) or s.scheduler not in SCHEDULERS:
             raise ValueError(f"scheduler: got {s.scheduler!r}; one of {', '.join(SCHEDULERS)} needed")
         if not 0 <= s.guidance_rescale <= 1:
             raise ValueError(f"guidance_rescale: got {s.guidance_rescale}; a number in [0, 1] needed")
@@ -437,23 +444,6 @@ class UniVidPipeline:
                 torch.cuda.empty_cache()
 
 
-def _conditions(
-    prompt: str | Sequence[str] | None, image: Picture | Sequence[Picture] | None, num_videos: int
-) -> tuple[list[str], list[Tensor], int]:
-    """Prompts, pictures, and the number of videos: ``num_videos`` of each prompt or picture, those of one after another."""
-    prompts: list[Any] = [] if prompt is None else list(prompt) if isinstance(prompt, (list, tuple)) else [prompt]
-    if not all(isinstance(p, str) for p in prompts) or (prompt is not None and not prompts):
-        raise TypeError(f"prompt: got {prompt!r}; a text, or a list of texts, needed")
-    pictures: list[Any] = [] if image is None else list(image) if isinstance(image, (list, tuple)) else [image]
-    if image is not None and not pictures:
-        raise TypeError(f"image: got {image!r}; a picture, or a list of pictures, needed")
-    if len(pictures) > 1 and len(prompts) > 1 and len(pictures) != len(prompts):
-        raise ValueError(f"image: got {len(pictures)} images for {len(prompts)} prompts; one, or one for each needed")
-    if type(num_videos) is not int or num_videos < 1:
-        raise ValueError(f"num_videos: got {num_videos!r}; a whole number >= 1 needed")
-    return prompts, [_picture(p) for p in pictures], max(len(prompts), len(pictures)) * num_videos
-
-
 def _predict(unet: UNet, x: Tensor, t: Tensor, batches: Sequence[Given]) -> list[Tensor]:
     """The U-Net's prediction of every pass, of all batches."""
     x = x.to(unet.conv_in.bias.dtype)
@@ -464,22 +454,9 @@ def _predict(unet: UNet, x: Tensor, t: Tensor, batches: Sequence[Given]) -> list
     return predictions
 
 
-def _picture(image: Picture) -> Tensor:
-    """``(3, H, W)`` float32 in [0, 1]."""
-    if isinstance(image, (str, Path, Image.Image)):
-        image = read_image(image)
-    got = f"{image.dtype} {tuple(image.shape)}" if isinstance(image, (np.ndarray, Tensor)) else type(image).__name__
-    if isinstance(image, np.ndarray) and image.dtype == np.uint8 and image.ndim == 3 and image.shape[2] == 3:
-        image = rearrange(torch.from_numpy(image.copy()), "h w c -> c h w") / 255
-    if isinstance(image, Tensor) and image.is_floating_point() and image.ndim == 3 and image.shape[0] == 3:
-        if not image.numel():
-            raise ValueError(f"image: got {got}; at least one pixel needed")
-        if not (image.min() >= 0 and image.max() <= 1):
-            raise ValueError(f"image: got numbers from {image.min():g} to {image.max():g}; from 0 to 1 needed")
-        return image.float()
-    raise TypeError(
-        f"image: got {got}; a file, a PIL image, uint8 (H, W, 3) or a float tensor (3, H, W) in [0, 1] needed"
-    )
+def _check_dtype(torch_dtype: Any) -> None:
+    if not isinstance(torch_dtype, torch.dtype) or not torch_dtype.is_floating_point:
+        raise TypeError(f"torch_dtype: got {torch_dtype!r}; torch.float32, torch.bfloat16 or torch.float16 needed")
 
 
 def _link(source: str, target: str) -> None:

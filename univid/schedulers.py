@@ -19,9 +19,12 @@ def sampler_of(name: str, config: dict[str, Any], steps: int) -> Any:
     """The scheduler with its time steps, on the CPU: it reads them, and a number on a GPU has to be waited for.
 
     Raises:
-        ValueError: the schedule has no so many different steps.
+        ValueError: the schedule has no so many different steps, or is one that the scheduler cannot sample by.
     """
     sampler = SCHEDULERS[name].from_config(config)
+    if name == "dpm++" and sampler.config.algorithm_type.startswith("sde"):  # its noise would be of no seed
+        got = sampler.config.algorithm_type
+        raise ValueError(f"scheduler: algorithm_type: got {got!r}; one that draws no noise needed, as dpmsolver++")
     sampler.set_timesteps(steps)
     times, most = sampler.timesteps, sampler.config.num_train_timesteps - 1
     levels = getattr(sampler, "sigmas", times)[:steps]
@@ -30,6 +33,11 @@ def sampler_of(name: str, config: dict[str, Any], steps: int) -> Any:
         raise ValueError(
             f"steps: got {steps}; {name} finds no {steps} different time steps from 0 to {most} with the"
             f" checkpoint's {sampler.config.timestep_spacing} spacing; another number needed"
+        )
+    if name == "ddim" and sampler.config.prediction_type == "epsilon" and sampler.alphas_cumprod[times[0]] == 0:
+        raise ValueError(
+            "scheduler: got ddim, with prediction_type epsilon and rescale_betas_zero_snr; it starts from noise alone, of"
+            " which the noise tells it nothing; dpm++, euler, or another schedule needed"
         )
     return sampler
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -62,7 +63,8 @@ class Autoencoder(nn.Module):
         frames = self._in_chunks(decode, latents).cpu()
         if not torch.stack(finite).all():
             raise FloatingPointError(
-                "frames: got numbers that are not finite; weights that are, and do not overflow, needed"
+                "frames: got numbers that are not finite; weights that are, and guidance scales at which nothing"
+                " overflows, needed"
             )
         return frames
 
@@ -96,9 +98,22 @@ def load_autoencoder(folder: str | Path, dtype: torch.dtype = torch.float32) -> 
         raise
     except Exception as error:  # diffusers checks few of the values
         raise ValueError(f"vae: {folder / 'config.json'} is not of diffusers' AutoencoderKL: {error}") from None
+    _check_scale(folder / "config.json", vae.config)
     weights = find_weights(folder)
     state = vae.state_dict()
     tensors = dict(of_today(key, x) for key, x in read_safetensors(weights).items())
     check_keys(weights, {key: x.shape for key, x in state.items()}, tensors)
     vae.load_state_dict(tensors)
     return Autoencoder(vae).to(dtype)  # not vae.to, which warns of modules that it does not have
+
+
+def _check_scale(path: Path, config: Any) -> None:
+    """See that latents are scaled as :class:`Autoencoder` does it, by one number."""
+    factor = config.scaling_factor
+    if type(factor) not in (int, float) or not 0 < factor < math.inf:
+        raise ValueError(f"vae: {path}: scaling_factor: got {factor!r}, needs a number > 0")
+    for name in ("shift_factor", "latents_mean", "latents_std"):
+        if config.get(name):
+            raise ValueError(
+                f"vae: {path}: {name}: got {config[name]!r}, needs null (Stable Diffusion 2's autoencoder)"
+            )

@@ -90,6 +90,14 @@ def _refuse(source: Path | str, what: str, keys: Collection[str]) -> None:
         raise ValueError(f"path: {source} {what} {', '.join(sorted(keys)[:20])}{more}")
 
 
+def object_in(config: Mapping[str, Any], name: str, source: Path | str) -> dict[str, Any]:
+    """What stands under ``name``, {} where nothing does. Raises ValueError where it is no object."""
+    value = config.get(name, {})
+    if not isinstance(value, dict):
+        raise ValueError(f"{source}: {name}: got {value!r}, needs an object")
+    return value
+
+
 def read_json(path: Path) -> dict[str, Any]:
     """An object. Raises FileNotFoundError, or ValueError where the file holds something else."""
     if not path.is_file():

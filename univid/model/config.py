@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
+from univid.data.tensors import object_in
 from univid.ops.dispatch import check_backend
 
 CONFIGS = Path(__file__).parent / "configs"
@@ -149,7 +150,7 @@ class UNetConfig:
         if not config.get("use_linear_projection"):
             raise ValueError(f"{source}: use_linear_projection: got false, needs true (Stable Diffusion 2's U-Net)")
         if "univid" in config:
-            return cls.of(config["univid"] | choices, f"{source}: univid")
+            return cls.of(object_in(config, "univid", source) | choices, f"{source}: univid")
         try:
             channels = tuple(config["block_out_channels"])
             heads = config.get("num_attention_heads") or config["attention_head_dim"]
