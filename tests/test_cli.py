@@ -1,9 +1,12 @@
 """The command line, in this process."""
 
+import io
 import json
+import os
 import shutil
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -222,6 +225,8 @@ def test_doctor(capsys):
         (["x", "--text-weight", "0,inf,1"], "text_weight: got [0.0, inf, 1.0]; finite numbers needed"),
         (["x", "--text-weight", "1=nan"], "text_weight: got {1: nan}; finite numbers needed"),
         (["x", "--steps", "2000", "--scheduler", "dpm++"], "steps: got 2000; at most 1000 needed"),
+        (["x", "--num-videos", "100000000"], "num_videos: got 100000000; at most 10000 needed"),
+        (["x", "-o", "two\nlines.avi"], "two\\nlines.avi ends in '.avi'"),
         (["x", "--num-videos", "2", "-o", "taken.mp4"], "taken-1.mp4 is a folder that holds other things"),
     ],
 )
@@ -248,6 +253,10 @@ def test_bad_input(model, picture, tmp_path, capsys, monkeypatch, arguments, err
         ([], "univid: the following arguments are required: COMMAND; `univid --help` shows"),
         (["make"], "univid: argument COMMAND: invalid choice: 'make'"),
         (["generate", "x", "--text-weight", "much"], "univid generate: argument --text-weight: got 'much'"),
+        (
+            ["generate", "x", "--text-weight", "1=1,1=2"],
+            "univid generate: argument --text-weight: got '1=1,1=2'; one weight",
+        ),
         (["generate", "x", "--fps", "fast"], "univid generate: argument --fps: invalid float value: 'fast'"),
     ],
 )
@@ -305,13 +314,58 @@ def test_what_cannot_run(model, tmp_path, capsys, monkeypatch):
     assert main(arguments) == 2
     error = capsys.readouterr().err.splitlines()[-1]
     assert error == "univid: CUDA out of memory. Tried to allocate 2 GiB.; --low-memory needs less"
+    for command in ([*arguments, "--low-memory"], ["judge", model, "-o", str(tmp_path / "x.json"), "--device", "cpu"]):
+        monkeypatch.setattr("univid.pipeline.UniVidPipeline.from_pretrained", full)
+        assert main(command) == 2
+        assert capsys.readouterr().err == "univid: CUDA out of memory. Tried to allocate 2 GiB.\n"
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("said", "printed"),
+    [("Unable to allocate 2 TiB", "Unable to allocate 2 TiB"), ("", "this machine has too little")],
+)
+def test_a_machine_without_enough_memory(model, tmp_path, capsys, monkeypatch, said, printed):
+    def full(*_, **__):
+        raise MemoryError(said)
+
+    monkeypatch.setattr("univid.model.UNet.forward", full)
+    assert main(["generate", "x", "--model", model, "-o", str(tmp_path / "x.mp4"), "--device", "cpu"]) == 2
+    assert capsys.readouterr().err.splitlines()[-1] == f"univid: out of memory: {printed}"
+
+
+def test_standard_output_that_is_full(model, tmp_path):
+    """The file is written all the same."""
+    arguments = f"generate x --model {model} -o x.png --num-frames 1 --steps 1 --device cpu"
+    ran = subprocess.run(
+        ["bash", "-c", f"{sys.executable} -m univid.cli {arguments} >/dev/full"],
+        cwd=tmp_path,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+    )
+    assert ran.returncode == 0, ran.stderr
+    assert ran.stderr.endswith("univid: warning: standard output: No space left on device; x.png: written\n")
+    assert [path.name for path in tmp_path.iterdir()] == ["x.png"]
+
+
+def test_a_name_for_which_standard_output_has_no_characters(model, tmp_path, monkeypatch):
+    output = tmp_path / "ü.png"
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(io.BytesIO(), "ascii"))
+    arguments = ["--model", model, "-o", str(output), "--num-frames", "1", "--steps", "1", "--device", "cpu"]
+    assert main(["generate", "x", *arguments]) == 0
+    assert sys.stdout.buffer.getvalue() == f"{tmp_path}/\\xfc.png\n".encode()
+    assert output.exists()
 
 
 def test_a_prompt_that_is_too_long(model, tmp_path, capsys):
     arguments = ["--model", model, "-o", str(tmp_path / "x.mp4"), "--steps", "1"]
     assert main(["generate", "cat " * 75 + "dog", *arguments]) == 0
     assert "univid: warning: prompt: 76 tokens, 75 fit; this was cut: 'dog'" in capsys.readouterr().err
+    show = warnings.showwarning
+    assert main(["generate", "x", "--negative-prompt", "cat " * 75 + "dog", *arguments]) == 0
+    assert "univid: warning: negative_prompt: 76 tokens, 75 fit" in capsys.readouterr().err
+    assert warnings.showwarning is show
 
 
 def test_interrupted(model, tmp_path, capsys, monkeypatch):
@@ -348,6 +402,17 @@ def test_a_package_that_is_missing(capsys, monkeypatch, command, package, extra)
     error = capsys.readouterr().err
     assert package in error
     assert error.endswith(f"`pip install 'univid[{extra}]'` brings it\n")
+
+
+def test_a_package_that_is_damaged(capsys, monkeypatch):
+    """Installing what is there would not mend it."""
+
+    def damaged(*_):
+        raise ImportError("libav.so: cannot open shared object file")
+
+    monkeypatch.setattr("univid.checkpoint.find", damaged)
+    assert main(["info", "shapes"]) == 2
+    assert capsys.readouterr().err == "univid: libav.so: cannot open shared object file\n"
 
 
 @pytest.mark.parametrize("command", [[], ["generate"], ["encode"], ["doctor"], ["bench"], ["info"], ["judge"]])

@@ -29,25 +29,50 @@ def main(arguments: Sequence[str] | None = None) -> int:
     # Before PyTorch is there, whose waiting threads spin: with one of two cores taken by others, a clip took 98 s spinning and 18 s
     # asleep (2026-11-29).
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    warnings.showwarning = lambda message, *_, **__: print(f"univid: warning: {message}", file=sys.stderr)
     try:
-        return options.command(options)
+        with warnings.catch_warnings():
+            warnings.showwarning = lambda message, *_, **__: _complain(f"warning: {message}")
+            return options.command(options)
     except KeyboardInterrupt:
-        print("univid: stopped; nothing is half-written", file=sys.stderr)
+        _complain("stopped; nothing is half-written")
         return 130
-    except (ValueError, TypeError, ArithmeticError, OSError, RuntimeError) as error:  # PyTorch's go on for many lines
-        more = "; --low-memory needs less" if type(error).__name__ == "OutOfMemoryError" else ""
-        print(f"univid: {str(error).partition(chr(10))[0]}{more}", file=sys.stderr)
-        return 2
-    except ImportError as error:
+    except MemoryError as error:
+        _complain(f"out of memory: {str(error) or 'this machine has too little'}")
+    except ModuleNotFoundError as error:
         extra = "benchmark" if options.command is bench else "generate"
-        print(f"univid: {error}; `pip install 'univid[{extra}]'` brings it", file=sys.stderr)
-        return 2
+        _complain(f"{error}; `pip install 'univid[{extra}]'` brings it")
+    except RuntimeError as error:
+        lower = type(error).__name__ == "OutOfMemoryError" and getattr(options, "low_memory", None) is False
+        _complain(str(error).partition("\n")[0] + ("; --low-memory needs less" if lower else ""))  # PyTorch says more
+    except (ValueError, TypeError, ArithmeticError, OSError, ImportError) as error:
+        _complain(str(error))
+    return 2
+
+
+def _complain(text: str) -> None:
+    """In one line."""
+    print("univid: " + text.replace("\n", "\\n"), file=sys.stderr)
+
+
+def _tell(text: str, written: str) -> None:
+    """Print what there is to say of files; where it cannot be printed, as into a closed pipe, they are written all the same."""
+    try:
+        print(_printable(text), flush=True)
+    except OSError as error:
+        _complain(f"warning: standard output: {error.strerror}; {written}: written")
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what Python does when it ends
+
+
+def _printable(text: str) -> str:
+    """With escapes for what standard output has no characters for."""
+    encoding = sys.stdout.encoding or "utf-8"
+    return text.encode(encoding, "backslashreplace").decode(encoding)
 
 
 def generate(options: argparse.Namespace) -> int:
     import torch
 
+    from univid.arguments import check_num_videos
     from univid.checkpoint import find
     from univid.data.files import check_writable, numbered
     from univid.pipeline import SETTINGS, UniVidPipeline, read_settings
@@ -56,6 +81,7 @@ def generate(options: argparse.Namespace) -> int:
     if not options.prompt and not options.image:
         raise ValueError("PROMPT, --image: got neither; at least one is needed")
     model, output = find(options.model), Path(options.output)
+    check_num_videos(options.num_videos)
     num_frames = options.num_frames or read_settings(model / SETTINGS).num_frames
     for name in numbered(output, options.num_videos):  # before the model is loaded, let alone sampled
         check_writable(name, num_frames)
@@ -81,8 +107,8 @@ def generate(options: argparse.Namespace) -> int:
             if getattr(options, name) is not None
         }
         written = pipe(**settings, **weights).save(output)
-    for path in written:
-        print(path)
+    names = [str(path) for path in written]
+    _tell("\n".join(names), ", ".join(names))
     return 0
 
 
@@ -104,7 +130,7 @@ def encode(options: argparse.Namespace) -> int:
     counts = encoding.encode(config, options.output, model, options.clip, device=device, **choices)
     left_out = f", {counts.skipped} left out" if counts.skipped else ""
     before = f"; {counts.there} shards were there" if counts.there else ""
-    print(f"{options.output}: {counts.written} clips{left_out}{before}")
+    _tell(f"{options.output}: {counts.written} clips{left_out}{before}", options.output)
     return 0
 
 
@@ -117,7 +143,7 @@ def doctor(options: argparse.Namespace) -> int:
 def info(options: argparse.Namespace) -> int:
     from univid.checkpoint import describe, find
 
-    print(describe(find(options.checkpoint, "checkpoint")))
+    print(_printable(describe(find(options.checkpoint, "checkpoint"))))
     return 0
 
 
@@ -132,7 +158,8 @@ def judge(options: argparse.Namespace) -> int:
     dtype = torch.float32 if device == "cpu" else torch.bfloat16
     pipe = UniVidPipeline.from_pretrained(find(options.checkpoint, "checkpoint"), torch_dtype=dtype).to(device)
     settings = {name: getattr(options, name) for name in ("count", "pairs", "batch", "steps", "seed")}
-    print(examine(Examination(pipe, **settings), options.sets.split(","), Path(options.output)))
+    found = examine(Examination(pipe, **settings), options.sets.split(","), Path(options.output))
+    _tell(found, options.output)
     return 0
 
 
@@ -196,7 +223,11 @@ def _weight(text: str) -> float | list[float] | dict[int, float]:
     """``0.5``; ``0,0.5,1``, one for every frame; ``1=0.5,8=2``, by level."""
     try:
         if "=" in text:
-            return {int(level): float(weight) for level, weight in (entry.split("=") for entry in text.split(","))}
+            entries = [entry.split("=") for entry in text.split(",")]
+            by_level = {int(level): float(weight) for level, weight in entries}
+            if len(by_level) < len(entries):
+                raise argparse.ArgumentTypeError(f"got {text!r}; one weight for a level needed")
+            return by_level
         return [float(weight) for weight in text.split(",")] if "," in text else float(text)
     except ValueError:
         raise argparse.ArgumentTypeError(
@@ -244,7 +275,9 @@ def _parser() -> argparse.ArgumentParser:
     make = command(generate, "Make a video from a text, a picture, or both.")
     make.add_argument("prompt", nargs="?", metavar="PROMPT", help="what the video shows")
     make.add_argument("--image", metavar="FILE", help="a picture of what the video shows")
-    make.add_argument("--model", default="shapes", help="a checkpoint's folder, or one that ships (default: shapes)")
+    make.add_argument(
+        "--model", default="shapes", help="a checkpoint's folder, or the name of one that ships (default: shapes)"
+    )
     make.add_argument(
         "-o", "--output", default="video.mp4", help=".mp4, .gif, .png, or a folder for png files (default: video.mp4)"
     )

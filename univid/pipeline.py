@@ -377,7 +377,7 @@ class UniVidPipeline:
     def _text(self, prompts: Sequence[str], negative_prompt: str, videos: int) -> dict[bool, Tensor]:
         """The tokens of the passes with the prompt (True) and without it (False), ``(V, L, context_dim)``."""
         different = list(dict.fromkeys((negative_prompt, *prompts)))
-        tokens = dict(zip(different, self.clip.text(different), strict=True))
+        tokens = dict(zip(different, self.clip.text(different, negative_prompt), strict=True))
         each = [prompts[i * len(prompts) // videos] for i in range(videos)]
         return {
             True: torch.stack([tokens[prompt] for prompt in each]),

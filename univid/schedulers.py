@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, EulerDiscreteScheduler
 
-from univid.data.tensors import read_json
+from univid.data.tensors import read_json, reason
 
 SCHEDULERS = {"ddim": DDIMScheduler, "dpm++": DPMSolverMultistepScheduler, "euler": EulerDiscreteScheduler}
 CONFIG = "scheduler_config.json"
@@ -53,7 +53,7 @@ def read_schedule(folder: Path) -> dict[str, Any]:
     try:
         schedule = DDIMScheduler.from_config(config)
     except Exception as error:  # diffusers checks few of the values
-        raise ValueError(f"scheduler: {path} is not of a diffusers scheduler: {error}") from None
+        raise ValueError(f"scheduler: {path} is not of a diffusers scheduler: {reason(error)}") from None
     betas, steps = schedule.betas, schedule.config.num_train_timesteps
     if len(betas) != steps or not ((betas >= 0) & (betas <= 1)).all():
         raise ValueError(

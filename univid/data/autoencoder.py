@@ -11,7 +11,7 @@ import torch
 from diffusers import AutoencoderKL
 from torch import Tensor, nn
 
-from univid.data.tensors import check_keys, find_weights, of_today, read_json, read_safetensors
+from univid.data.tensors import check_keys, find_weights, of_today, read_json, read_safetensors, reason
 
 
 class Autoencoder(nn.Module):
@@ -97,7 +97,7 @@ def load_autoencoder(folder: str | Path, dtype: torch.dtype = torch.float32) -> 
     except ImportError:
         raise
     except Exception as error:  # diffusers checks few of the values
-        raise ValueError(f"vae: {folder / 'config.json'} is not of diffusers' AutoencoderKL: {error}") from None
+        raise ValueError(f"vae: {folder / 'config.json'} is not of diffusers' AutoencoderKL: {reason(error)}") from None
     _check_scale(folder / "config.json", vae.config)
     weights = find_weights(folder)
     state = vae.state_dict()

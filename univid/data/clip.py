@@ -24,6 +24,7 @@ from univid.data.tensors import (
     find_clip_weights,
     read_json,
     read_safetensors,
+    reason,
 )
 
 CONFIG = "open_clip_config.json"
@@ -75,10 +76,13 @@ class Clip(nn.Module):
         return self.config["vision_cfg"].get("width", 768)
 
     @torch.no_grad()
-    def text(self, prompts: list[str]) -> Tensor:
-        """``(B, 77, width)``; a prompt too long for the context is cut, with a warning that shows what was lost."""
+    def text(self, prompts: list[str], negative: str | None = None) -> Tensor:
+        """``(B, 77, width)``; a prompt too long for the context is cut, with a warning that shows what was lost.
+
+        It calls the one that is ``negative`` the negative prompt.
+        """
         for prompt in prompts:
-            self._warn_if_cut(prompt)
+            self._warn_if_cut("negative_prompt" if prompt == negative else "prompt", prompt)
         tokens = to_device(self.tokenizer(prompts), self.device)
         tower = getattr(
             self.model, "text", self.model
@@ -117,12 +121,12 @@ class Clip(nn.Module):
         if self.vocabulary is not None:
             (folder / VOCABULARY).write_bytes(self.vocabulary.read_bytes())
 
-    def _warn_if_cut(self, prompt: str) -> None:
+    def _warn_if_cut(self, name: str, prompt: str) -> None:
         tokens = self.tokenizer.encode(prompt)
         room = self.context_length - 2  # besides start and end
         if len(tokens) > room:
             lost = self.tokenizer.decode(tokens[room:]).strip()
-            warnings.warn(f"prompt: {len(tokens)} tokens, {room} fit; this was cut: {lost!r}", stacklevel=4)
+            warnings.warn(f"{name}: {len(tokens)} tokens, {room} fit; this was cut: {lost!r}", stacklevel=4)
 
 
 def load_clip(source: str | Path, dtype: torch.dtype = torch.float32) -> Clip:
@@ -173,7 +177,7 @@ def build_clip(config: dict, vocabulary: Path | None = None) -> Clip:
     try:
         model = kind(**{key: value for key, value in config.items() if key != "custom_text"})
     except Exception as error:  # open_clip checks few of the values
-        raise ValueError(f"clip: its configuration is not that of an open_clip model: {error}") from None
+        raise ValueError(f"clip: its configuration is not that of an open_clip model: {reason(error)}") from None
     model.visual.image_mean = getattr(model.visual, "image_mean", None) or open_clip.OPENAI_DATASET_MEAN
     model.visual.image_std = getattr(model.visual, "image_std", None) or open_clip.OPENAI_DATASET_STD
     return Clip(model, _tokenizer(config["text_cfg"], vocabulary), config, vocabulary)

@@ -61,6 +61,11 @@ def of_today(name: str, x: Tensor) -> tuple[str, Tensor]:
     return ".".join(_OLDER.get(part, part) for part in parts), x.flatten(1) if x.ndim == 4 else x
 
 
+def reason(error: Exception) -> str:
+    """The first line of what a library says; PyTorch goes on for many."""
+    return str(error).partition("\n")[0]
+
+
 def check_safetensors(path: Path) -> None:
     """See that a file is whole, from its header."""
     if not path.is_file():
