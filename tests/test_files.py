@@ -2,6 +2,7 @@
 
 import os
 import tempfile
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -159,6 +160,19 @@ def test_16_bits(tmp_path, name, dtype):
     Image.fromarray(grey).save(tmp_path / name, exif=exif)
     assert np.array_equal(read_image(tmp_path / name), np.stack([grey[::-1, ::-1] // 257] * 3, -1))
     assert read_image(Image.fromarray(np.full((2, 2), 200, np.int32))).tolist() == [[[200] * 3] * 2] * 2  # 8 bits in 32
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.uint16])
+def test_a_grey_that_is_transparent(tmp_path, dtype):
+    """Of a png: over white."""
+    Image.fromarray(np.full((2, 2), 7, dtype)).save(tmp_path / "grey.png")
+    png = (tmp_path / "grey.png").read_bytes()
+    chunk = b"tRNS" + (7).to_bytes(2, "big")
+    (tmp_path / "clear.png").write_bytes(
+        png[:33] + b"\0\0\0\2" + chunk + zlib.crc32(chunk).to_bytes(4, "big") + png[33:]
+    )
+    assert (read_image(tmp_path / "grey.png") < 255).all()
+    assert (read_image(tmp_path / "clear.png") == 255).all()
 
 
 @pytest.mark.parametrize(

@@ -35,6 +35,17 @@ def test_what_a_graph_depends_on(monkeypatch):
     monkeypatch.setenv("UNIVID_BACKEND", "torch")
     assert graph_key(layer, x, held()) != key
     monkeypatch.delenv("UNIVID_BACKEND")
+    assert graph_key(layer.eval(), x, held()) != key
+    layer.train()
+    with torch.backends.cudnn.flags(allow_tf32=not torch.backends.cudnn.allow_tf32):
+        assert graph_key(layer, x, held()) != key
+    assert graph_key(layer, x, held()) == key
+    precision = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("high" if precision == "highest" else "highest")
+    key = key, graph_key(layer, x, held())
+    torch.set_float32_matmul_precision(precision)
+    assert key[0] != key[1]
+    key = graph_key(layer, x, held())
     layer.weight = torch.nn.Parameter(torch.zeros(3, 3))
     assert graph_key(layer, x, held()) != key
 

@@ -377,6 +377,10 @@ def test_configs():
     [
         ("chanels = [32]", "unknown key 'chanels'"),
         ("channels = 32", r"channels: got 32, needs a list of int"),
+        (
+            "channels = [33, 64]\nnorm_groups = 1\nhead_dim = 1",
+            r"channels: got \(33, 64\), needs the first of them even",
+        ),
         ("channels = [", "is not TOML"),
         ("head_dim = 48", "head_dim: got 48, needs a divisor of 320 channels"),
         ("norm_groups = 48", "norm_groups: got 48, needs a divisor of 320"),

@@ -73,7 +73,7 @@ def graph_key(module: torch.nn.Module, *arguments: Any) -> tuple[object, ...]:
     """What a graph of ``module`` on ``arguments`` depends on: while it is the same, the graph may be replayed."""
     # New weights in the old storage are read by a replay; weights that were moved, cast or replaced lie elsewhere.
     weights = tuple(parameter.data_ptr() for parameter in module.parameters())
-    return (module, weights, _modes(), signature(arguments, SHARED))
+    return (module, module.training, weights, _modes(), signature(arguments, SHARED))
 
 
 def _modes() -> tuple[object, ...]:
@@ -83,6 +83,8 @@ def _modes() -> tuple[object, ...]:
         torch.is_autocast_enabled("cuda"),
         torch.get_autocast_dtype("cuda"),
         torch.are_deterministic_algorithms_enabled(),
+        torch.backends.cuda.matmul.fp32_precision,
+        torch.backends.cudnn.conv.fp32_precision,  # type: ignore[attr-defined]
         torch.is_inference_mode_enabled(),
     )
 

@@ -147,11 +147,12 @@ def _rgb(image: Image.Image) -> NDArray[np.uint8]:
         raise ValueError("floating-point numbers, of which nothing says what is white")
     if image.mode.startswith("I"):  # Pillow clips it to 8 bits
         grey = np.asarray(image)
+        clear = grey == image.info.get("transparency")  # the one grey of a png that is
         if grey.size and not 0 <= grey.min() <= grey.max() <= 65535:
             raise ValueError(f"numbers from {grey.min()} to {grey.max()}, more than 16 bits")
         if image.mode.startswith("I;16") or grey.max(initial=0) > 255:
             grey = (grey / 257).round()
-        return np.repeat(grey.astype(np.uint8)[..., None], 3, 2)
+        return np.repeat(np.where(clear, 255, grey).astype(np.uint8)[..., None], 3, 2)
     if image.has_transparency_data:
         rgba = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba)

@@ -50,6 +50,7 @@ class UNetConfig:
         for field in fields(self):
             object.__setattr__(self, field.name, typed(field.name, getattr(self, field.name), field.default))
         self._need("channels", bool(self.channels) and min(self.channels) >= 1, "numbers >= 1, one for each level")
+        self._need("channels", self.channels[0] % 2 == 0, "the first of them even, for sines and cosines of the time")
         for field in fields(self):
             if type(field.default) is int:
                 self._need(field.name, getattr(self, field.name) >= 1, "a number >= 1")
