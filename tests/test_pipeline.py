@@ -204,6 +204,13 @@ def test_weights_that_are_not_finite(part):
         frames(broken, "a cat")
 
 
+@pytest.mark.parametrize("shown", [True, False])
+def test_progress(pipe, capsys, shown):
+    """Shown where nothing is said of it."""
+    pipe("a cat", **{} if shown else {"progress": False})
+    assert ("Sampling: 100%" in capsys.readouterr().err) == shown
+
+
 def test_a_picture_from_a_file_or_from_pillow(pipe, tmp_path):
     """Turned, and over white where it is transparent, either way."""
     exif = Image.Exif()

@@ -1,4 +1,4 @@
-"""What the pages say is true: their examples run as printed, the operators' table is complete, and the doctor and the demo pass."""
+"""What the pages say is true: examples that need no files run as printed, the operators' table is complete, the doctor and the demo pass."""
 
 import os
 import re
@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 import univid
 from tests.small_pipeline import make
 from tests.test_data import video
-from univid import doctor, ops
+from univid import demo, doctor, ops
 from univid.ops import dispatch
 from univid.ops.explain import _OPERATORS
 
@@ -137,6 +137,21 @@ def test_doctor_passes(gpu):
     assert result.returncode == 0, result.stdout + result.stderr
     assert re.search(r"^All 11 operators are right \(\d+ s\)\.$", result.stdout, flags=re.MULTILINE)
     assert max(map(len, result.stdout.splitlines())) <= 100
+
+
+def test_demo_passes(tmp_path, monkeypatch, capsys):
+    """All of it but the doctor, in fewer steps."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(doctor, "main", lambda: 0)
+    monkeypatch.setattr(demo, "STEPS", 6)
+    assert demo.main() == 0
+    printed = capsys.readouterr().out
+    for name, seen in (("text", "red, star, left"), ("image", ".*"), ("text-and-image", ".*, up")):
+        assert re.search(rf"^  demo/{name}\.mp4: 16x64x64 at 8 fps, [0-9.]+ s: {seen}$", printed, flags=re.MULTILINE)
+    assert sorted(path.name for path in (tmp_path / "demo").iterdir()) == [
+        *("image.mp4", "picture.png", "text-and-image.mp4", "text.mp4"),
+    ]
 
 
 def test_doctor_finds_what_is_wrong(monkeypatch, capsys):

@@ -320,16 +320,6 @@ def test_a_damaged_checkpoint_leaves_the_one_before_it_to_export(alone, tmp_path
     assert "step-00000002" in capsys.readouterr().err
 
 
-def test_a_run_from_a_folder_with_the_name_of_what_ships(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    Path("run").mkdir()
-    config = configure(Path("run"), "model.start=shapes", "model.unet=shapes")
-    written = lambda: fsdp.write_config(config) or json.loads(Path("run/config.json").read_text())["model"]  # noqa: E731
-    assert (written()["start"], written()["unet"]) == ("shapes", "shapes")
-    make().save_pretrained("shapes")
-    assert (written()["start"], written()["unet"]) == (str(tmp_path / "shapes"), "shapes")
-
-
 # --- what goes wrong ----------------------------------------------------------------------------------------------------------
 
 

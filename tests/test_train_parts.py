@@ -23,7 +23,7 @@ from train.config import CONFIGS, Config, Model, Stream, load
 from train.data import Conditioned, Encoder, RenderedShapes
 from train.export import Export, export
 from train.export import main as export_main
-from train.fsdp import Inputs, Trainer, main
+from train.fsdp import Inputs, Trainer, main, write_config
 from train.log import FILE
 from train.parts import Parts
 from train.processes import processes
@@ -47,6 +47,16 @@ def test_the_configurations_are_read(path):
     config = load(Config, path)
     assert config.run == f"runs/{path.stem}"
     assert config.stage == path.stem.rpartition("_")[2].replace("shapes", "joint")
+
+
+def test_a_run_from_a_folder_with_the_name_of_what_ships(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("run").mkdir()
+    config = configure(Path("run"), "model.start=shapes", "model.unet=shapes")
+    written = lambda: write_config(config) or json.loads(Path("run/config.json").read_text())["model"]  # noqa: E731
+    assert (written()["start"], written()["unet"]) == ("shapes", "shapes")
+    make().save_pretrained("shapes")
+    assert (written()["start"], written()["unet"]) == (str(tmp_path / "shapes"), "shapes")
 
 
 def test_arguments_count_over_the_file(tmp_path):

@@ -24,7 +24,7 @@ _EXAMPLES = """\
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run a command; 0 if it did what it says, 2 for bad input, 130 if it was interrupted."""
+    """Run a command; 0 if it did what it says, 2 where it cannot, as for bad input, 130 if it was interrupted."""
     options = _parser().parse_args(arguments)
     # Before PyTorch is there, whose waiting threads spin: with one of two cores taken by others, a clip took 98 s spinning and 18 s
     # asleep (2026-11-29).
