@@ -1,4 +1,4 @@
-"""What the pages say is true: examples that need no files run as printed, the operators' table is complete, the doctor and the demo pass."""
+"""What the pages say is true: examples that need no files run, the operators' table is complete, the doctor and the demo pass."""
 
 import os
 import re
