@@ -1,15 +1,11 @@
 """Clips on disk: shards, tables, pictures, what is read of them, and what is said of bad ones. Real files, written here."""
 
-import contextlib
 import functools
-import http.server
 import io
 import json
 import logging
 import os
-import socket
 import tarfile
-import threading
 from fractions import Fraction
 
 import av
@@ -260,6 +256,50 @@ def test_buckets(tmp_path, mp4):
     assert opened(tmp_path / "1.tar", sizes=sizes).buckets.tolist() == [2]  # its JSON saves the look
 
 
+def test_the_video_of_a_key_counts_and_nothing_is_there_twice(tmp_path, mp4):
+    both = {"a.mp4": mp4(50), "a.jpg": picture(), "a.txt": "grey"}
+    for members in (both, dict(reversed(both.items()))):
+        shard(tmp_path / "0.tar", members)
+        assert 48 < greys(opened(tmp_path)[0])[0] < 87
+    for twice, kind in (
+        ({"a.webm": mp4(0)}, "video"),
+        ({"a.png": picture()}, "picture"),
+        ({"a.TXT": "x"}, "txt"),
+        ({"a.json": {}, "a.JSON": {}}, "json"),
+    ):
+        name = list(twice)[-1]
+        shard(tmp_path / "0.tar", both | twice)
+        with pytest.raises(ValueError, match=rf"^data: .*0\.tar: {name} is the second {kind} of its key; one needed$"):
+            opened(tmp_path)
+
+
+def test_names_with_more_dots_are_counted(tmp_path, mp4, caplog):
+    """Also where an index is there already."""
+    members = {"a.mp4": mp4(0), "a.txt": "a", "b.v1.mp4": mp4(0), "b.v1.txt": "b", "c.v1.MP4": mp4(0), "._a.mp4": ""}
+    shard(tmp_path / "0.tar", {"z.mp4": mp4(0), "z.txt": "z"})
+    shard(tmp_path / "1.tar", members)
+    for _ in range(2):
+        caplog.clear()
+        with caplog.at_level(logging.WARNING, "univid.data"):
+            assert len(opened(tmp_path)) == 2
+        message = f"data: left out 2 files whose key would have a dot, which ends it; one is {tmp_path}/1.tar/b.v1.mp4"
+        assert [record.getMessage() for record in caplog.records] == [message]
+
+
+def test_a_folder_of_shards_says_that_its_table_is_not_read(shards, caplog):
+    (shards / "list.csv").write_text("path,caption\na.mp4,x\n")
+    with caplog.at_level(logging.WARNING, "univid.data"):
+        assert len(opened(shards)) == 6
+    assert f"data: {shards} holds shards, which are read, and list.csv, which is not" in caplog.text
+
+
+def test_what_says_what_a_cache_is_of_but_is_not_json(tmp_path, mp4):
+    shard(tmp_path / "0.tar", {"univid.json": "nonsense", "a.mp4": mp4(0), "a.txt": "x"})
+    for _ in range(2):  # without and with an index
+        with pytest.raises(ValueError, match=r"^data: .*0\.tar: univid\.json is not a JSON object: "):
+            opened(tmp_path)
+
+
 def test_min_score(shards):
     assert [opened(shards, min_score={"score": 3.5})[i].key for i in range(2)] == ["00004", "00005"]
     with pytest.raises(ValueError, match="no sample has a number 'beauty'; there are: score"):
@@ -407,82 +447,3 @@ def test_bad_config(shards, given, error):
 def test_braces():
     assert braces("a{08..11}b{x,y}") == [f"a{n}b{c}" for n in ("08", "09", "10", "11") for c in "xy"]
     assert braces("plain") == ["plain"]
-
-
-@contextlib.contextmanager
-def served(folder, cut=None):
-    """The folder over HTTP; ``cut``: files end after so many bytes, whatever their length says."""
-    asked = []
-
-    class Handler(http.server.SimpleHTTPRequestHandler):
-        def copyfile(self, source, output):
-            asked.append(self.path)
-            output.write(source.read()[:cut])
-
-        def log_message(self, *_):
-            pass
-
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(Handler, directory=str(folder)))
-    thread = threading.Thread(target=server.serve_forever)
-    thread.start()
-    try:
-        yield f"http://127.0.0.1:{server.server_port}", asked
-    finally:
-        server.shutdown()
-        thread.join()
-        server.server_close()
-
-
-def test_urls(shards, tmp_path):
-    cache = tmp_path / "cache"
-    with served(shards) as (url, asked):
-        for _ in range(2):
-            data = open_dataset(config("", paths=(f"{url}/{{000..001}}.tar",), cache=str(cache)))
-            assert [data[i].caption for i in (0, 5)] == ["clip 0", "clip 5"]
-        assert sorted(asked) == ["/000.tar", "/001.tar"]
-        with pytest.raises(OSError, match=r"could not be copied to .*: HTTP Error 404"):
-            open_dataset(config("", paths=(f"{url}/none.tar",), cache=str(cache)))
-    before = sorted(cache.iterdir())
-    with served(shards, cut=2000) as (url, _), pytest.raises(OSError, match=r"it ended after 2000 of \d+ bytes"):
-        open_dataset(config("", paths=(f"{url}/000.tar",), cache=str(cache)))
-    assert {p.suffix for p in set(cache.iterdir()) - set(before)} <= {".lock"}
-
-
-def test_signed_urls(shards, tmp_path):
-    """Their queries are longer than a file's name may be."""
-    with served(shards) as (url, _):
-        paths = (f"{url}/000.tar?signature={'x' * 300}",)
-        assert len(open_dataset(config("", paths=paths, cache=str(tmp_path / "cache")))) == 3
-        (shards / "list.csv").write_text(f"path,caption\n{shards}/a.mp4,x\n")
-        (shards / "download").write_bytes((shards / "list.csv").read_bytes())
-        for name in ("list.csv?signature=a/b", "download?file=list.csv"):
-            assert len(open_dataset(config("", paths=(f"{url}/{name}",), cache=str(tmp_path / "cache")))) == 1
-
-
-@pytest.mark.parametrize(
-    ("name", "answer", "error"),
-    [
-        ("a b.tar", b"", "control characters"),
-        ("a.tar", b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n10\r\nabc", "IncompleteRead"),
-        ("a.tar", b"garbage\r\n\r\n", "garbage"),
-        ("a.tar", b"HTTP/1.1 200 OK\r\n\r\n<html>Please sign in</html>", "the answer is not a tar file"),
-        ("a.tar", b"HTTP/1.1 200 OK\r\n\r\n{}", "the answer is not a tar file"),
-        ("a.csv", b"HTTP/1.1 200 OK\r\n\r\n\n<!DOCTYPE html>", "the answer is a web page"),
-    ],
-)
-def test_urls_that_answer_with_something_else(tmp_path, name, answer, error):
-    """Named in one line, and nothing is kept of it."""
-    with socket.create_server(("127.0.0.1", 0)) as server:
-
-        def reply():
-            connection, _ = server.accept()
-            with connection:
-                connection.recv(2**16)
-                connection.sendall(answer)
-
-        threading.Thread(target=reply, daemon=True).start()
-        url = f"http://127.0.0.1:{server.getsockname()[1]}/{name}"
-        with pytest.raises(OSError, match=f"^data: {url} could not be copied to .*: .*{error}") as raised:
-            open_dataset(config("", paths=(url,), cache=str(tmp_path / "cache")))
-    assert len(str(raised.value).splitlines()) == 1
-    assert {path.suffix for path in (tmp_path / "cache").iterdir()} == {".lock"}

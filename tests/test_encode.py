@@ -1,6 +1,8 @@
 """``univid encode``: a cache holds what the encoders make of the clips, goes on where it ended, and knows its model."""
 
+import fcntl
 import json
+import os
 import resource
 import tarfile
 
@@ -265,6 +267,12 @@ def test_bad_input(shards, model, tmp_path, capsys, arguments, error):  # noqa: 
 def test_source_or_output_of_the_wrong_kind(shards, model, tmp_path, capsys):  # noqa: F811
     assert run(shards, shards, model) == 2
     assert "holds the source; another folder needed" in capsys.readouterr().err
+    table = tmp_path / "table"
+    table.mkdir()
+    (table / "list.csv").write_text("path,caption\na.mp4,x\n")
+    assert run(table, table, model) == 2
+    assert "holds the source; another folder needed" in capsys.readouterr().err
+    assert [path.name for path in table.iterdir()] == ["list.csv"]
     output = tmp_path / "cache"
     assert run(shards, output, model) == 0
     assert run(output, tmp_path / "again", model) == 2
@@ -295,6 +303,38 @@ def test_full_disk(shards, model, tmp_path, capsys):  # noqa: F811
     assert [p.name for p in output.iterdir() if p.suffix == ".tar" or "partial" in p.name] == ["000000.tar"]
     assert run(shards, output, model) == 0
     assert (output / "000001.tar").read_bytes() == second
+
+
+def test_two_do_not_write_into_one_folder(shards, model, tmp_path, capsys):  # noqa: F811
+    output = tmp_path / "cache"
+    output.mkdir()
+    folder = os.open(output, os.O_RDONLY)
+    fcntl.flock(folder, fcntl.LOCK_EX)  # as another process holds it
+    assert run(shards, output, model) == 2
+    error = f"univid: output: another process writes to {output}; another folder needed"
+    assert error in capsys.readouterr().err.splitlines()
+    assert not list(output.iterdir())
+    os.close(folder)
+    assert run(shards, output, model) == 0
+
+
+def test_a_row_without_a_path_is_left_out(tmp_path, mp4, model, capsys):  # noqa: F811
+    rows = [{"path": "a.mp4", "caption": "x"}, {"caption": "of nothing"}]
+    (tmp_path / "a.mp4").write_bytes(mp4(0))
+    (tmp_path / "list.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    assert run(tmp_path / "list.jsonl", tmp_path / "cache", model) == 0
+    assert capsys.readouterr().out == f"{tmp_path}/cache: 1 clips, 1 left out\n"
+
+
+def test_a_position_belongs_to_the_clips_of_its_cache(shards, model, tmp_path):  # noqa: F811
+    """Of which the names are no more than their numbers."""
+    assert run(shards, tmp_path / "cache", model, "--shard-size", "3") == 0
+    for name in ("000", "001"):
+        assert run(shards / f"{name}.tar", tmp_path / name, model) == 0
+    first, second = (Loader(cached(tmp_path / name), 1, workers=0) for name in ("000", "001"))
+    with pytest.raises(ValueError, match="is of other data or settings: names "):
+        second.load_state_dict(first.state_dict())
+    second.load_state_dict(second.state_dict())
 
 
 def test_a_broken_clip_is_left_out(tmp_path, mp4, model, capsys):  # noqa: F811

@@ -22,6 +22,7 @@ class Numbers:
     def __init__(self, buckets, broken=()):
         self.buckets = np.asarray(buckets)
         self.broken = set(broken)
+        self.names = [str(index).encode() for index in range(len(self.buckets))]
 
     def __len__(self):
         return len(self.buckets)
@@ -134,6 +135,12 @@ def test_a_state_of_other_data_is_refused():
         Loader(Numbers([0] * 6), 1, workers=0).load_state_dict(state)
     with pytest.raises(ValueError, match="seed 0, here 1"):
         Loader(Numbers([0] * 5), 1, workers=0, seed=1).load_state_dict(state)
+    other = Numbers([0] * 5)
+    other.names[3] = b"another"
+    with pytest.raises(ValueError, match=r"is of other data or settings: names \w{16}, here \w{16}$"):
+        Loader(other, 1, workers=0).load_state_dict(state)
+    del state["names"]  # it does not say of which
+    Loader(other, 1, workers=0).load_state_dict(state)
 
 
 def test_broken_samples(caplog):

@@ -59,7 +59,7 @@ def test_two_ranks_take_clips_of_two_sizes_and_say_which_are_broken(start, clips
     assert variants == [3]  # two sizes of clips, one of images
     assert {tuple(batch.frames.shape) for batch in sizes} == {(4, 3, *WIDE, 3), (4, 3, *TALL, 3)}
     assert not {key for batch in sizes for key in batch.keys} & {"4", "5"}
-    tiny = [one for one in TINY if not one.startswith("model.")]
+    tiny = [one for one in TINY if not one.startswith(("model.", "streams.video.height", "streams.video.width"))]
     two = [*tiny, f"run={tmp_path / 'two'}", *shown, "streams.video.batch_size=2"]
     done = subprocess.run(
         [*TORCHRUN, "train/fsdp.py", *two], cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, timeout=240
@@ -106,6 +106,21 @@ def test_two_ranks_have_each_clip_that_passes_once_in_an_epoch(start, shards, tm
         epochs = [[source.next().keys[0] for _ in range(2) for source in sources] for _ in range(3)]
     assert all(sorted(epoch) == ["00002", "00003", "00004", "00005"] for epoch in epochs)
     assert len(set(map(tuple, epochs))) > 1
+
+
+def test_a_caches_rate_is_its_own(start, shards, tmp_path):  # noqa: F811
+    latents = tmp_path / "latents"
+    shown = ["--device", "cpu", "--workers", "0", "--size", "32x48", "--num-frames", "3", "--fps", "4"]
+    assert univid(["encode", str(shards), "-o", str(latents), "--model", str(start), *shown]) == 0
+    with processes(device="cpu") as joined:
+        for fps, wrong in ((4, False), (8, False), (6, True)):  # 8: not chosen
+            config = configure(tmp_path / "run", f"model.start={start}", *stream(latents, f"fps={fps}"))
+            if not wrong:
+                assert Trainer(config, joined).sources["video"].next().fps.tolist() == [4] * 4
+                continue
+            message = r"^streams\.video\.fps: got 6\.0, needs 4, as the cache that is its source$"
+            with pytest.raises(ValueError, match=message):
+                Trainer(config, joined)
 
 
 def test_a_cache_is_of_a_model(start, shards, tmp_path):  # noqa: F811

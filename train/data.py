@@ -9,7 +9,7 @@ from typing import Any, Literal, Protocol
 import torch
 from torch import Tensor
 
-from train.config import Stream
+from train.config import Stream, need
 from train.parts import Parts
 from train.processes import Processes
 from train.sharding import stable_seed
@@ -52,6 +52,10 @@ def open_source(
     )
     with processes.first_before_others():  # it writes the indices that the others read
         dataset = open_dataset(files, encoder.parts.fingerprint)
+    if isinstance(dataset, Cached) and None not in dataset.rates:
+        rates = " or ".join(f"{rate:g}" for rate in sorted(dataset.rates))
+        kept = stream.fps in (Stream.fps, *dataset.rates)
+        need(f"streams.{name}.fps", stream.fps, kept, f"{rates}, as the cache that is its source")
     if not isinstance(dataset, Cached):
         encoder.parts.check_fits(config)
     elif encoder.parts.folder is None and not dataset.random:
@@ -136,12 +140,16 @@ class RenderedShapes(_Counted):
     """
 
     def __init__(self, stream: Stream, encoder: Encoder, processes: Processes, seed: int):
-        from univid.data.shapes import MOTIONS, Shapes
+        from univid.data.shapes import HELD_OUT, MOTIONS, Shapes
 
         super().__init__(stream, processes)
         if unknown := set(stream.motions) - set(MOTIONS):
             raise ValueError(f"streams: got motion {min(unknown)!r}, needs some of {', '.join(MOTIONS)}")
         self.motions = torch.tensor([MOTIONS.index(name) for name in stream.motions])
+        if stream.first >= HELD_OUT:
+            raise ValueError(
+                f"streams: got first = {stream.first}, needs a number < {HELD_OUT}, where held-out clips begin"
+            )
         if stream.height != stream.width:
             raise ValueError(f"streams: got {stream.height}x{stream.width} shapes, needs squares")
         self.world = Shapes(num_frames=stream.num_frames, size=stream.height)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -85,6 +86,7 @@ class Cached:
                     )
             if header["num_frames"] < num_frames:
                 raise ValueError(f"num_frames: got {num_frames}; {path} has {header['num_frames']} of each clip")
+        self.rates: set[Any] = {(header or {}).get("fps") for header in source.headers}  # None: each clip's own
         self.random = first is not None and first["vae"] == "random"  # of no model: to measure speed
         if not len(keep):
             raise ValueError(f"data: {source.paths[0]} and others: the cache holds no clips")
@@ -93,6 +95,12 @@ class Cached:
         self.buckets: NDArray[np.int64] = buckets.reshape(-1)
         if sizes and not {tuple(size) for size in self.sizes.tolist()} <= {tuple(size) for size in sizes}:
             raise ValueError(f"sizes: got {sizes}; {source.paths[0]} has {self.sizes.tolist()}")
+
+    @property
+    def names(self) -> list[bytes]:
+        """Of its samples, and of the clips that they were made of."""
+        clips = [str((header or {}).get("keys")).encode() for header in self.source.headers]
+        return [*self.source.listing.keys[self.keep].tolist(), *clips]
 
     def __len__(self) -> int:
         return len(self.keep)

@@ -89,6 +89,10 @@ class Clips:
         self.source, self.keep, self.num_frames, self.sizes, self.fps = source, keep, num_frames, sizes, fps
         self.buckets = np.zeros(len(keep), np.int64) if len(sizes) == 1 else self._nearest()
 
+    @property
+    def names(self) -> list[bytes]:
+        return self.source.listing.keys[self.keep].tolist()
+
     def __len__(self) -> int:
         return len(self.keep)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import hashlib
 import io
 import json
@@ -88,7 +89,8 @@ def encode(
     if isinstance(dataset, Cached):
         raise ValueError(f"source: {config.paths[0]} is a cache already; clips needed")
     source = dataset.source
-    if isinstance(source, Shards) and output.resolve() in {path.parent.resolve() for path in source.paths}:
+    paths = source.paths if isinstance(source, Shards) else [source.table]
+    if output.resolve() in {path.parent.resolve() for path in paths}:
         raise ValueError(f"output: {output} holds the source; another folder needed")
     made_with = fingerprint(vae_path, clip_path)
     vae, tower = load_autoencoder(vae_path).to(device), load_clip(clip_path).to(device)
@@ -114,7 +116,7 @@ def encode(
     encoder = _Encoder(vae, tower, torch.device(device))
     waiting = iter(batches)
     bar = tqdm(total=sum(len(shards[number]) for number in todo), desc="Encoding", unit="clip", disable=not progress)
-    with bar:
+    with bar, _alone(output):
         for number in todo:
             with _Writer(output / _name(number), headers[number]) as shard:
                 for _ in range(sum(job.shard == number for job in jobs)):
@@ -132,6 +134,22 @@ def encode(
                         encoder.write(job, samples, dataset, shard)
                     bar.update(len(job.clips))
     return Counts(written, skipped, len(shards) - len(todo))
+
+
+@contextlib.contextmanager
+def _alone(output: Path) -> Iterator[None]:
+    """One command at a time: two would write into one partial shard."""
+    folder = os.open(output, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise OSError(f"output: another process writes to {output}; another folder needed") from None
+        except OSError:  # a disk that knows no locks
+            pass
+        yield
+    finally:
+        os.close(folder)
 
 
 class _Job(NamedTuple):
@@ -248,7 +266,7 @@ def _glimpse(source: Shards | Folder, number: int) -> bytes:
     try:
         size, beginning = source.beginning(number, 2**12)
         return hashlib.sha256(f"{size} {source.caption(number)}\0".encode() + beginning).digest()
-    except (ValueError, FileNotFoundError):
+    except (ValueError, OSError):
         return b""  # it is broken, and will be left out
 
 

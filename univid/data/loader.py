@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import hashlib
 import logging
 import os
 import signal
@@ -28,6 +29,11 @@ class Dataset(Protocol):
 
     @property
     def buckets(self) -> NDArray[np.integer]: ...
+    @property
+    def names(self) -> list[bytes]:
+        """By which the same data is known again."""
+        ...
+
     def __len__(self) -> int: ...
     def read(self, index: int, generator: np.random.Generator) -> Sample:
         """What is random in it (where a clip is cut) comes from ``generator``.
@@ -75,7 +81,7 @@ class Loader:
         workers = min(workers, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else workers)
         self._seen = 0
         self._named: set[str] = set()
-        self._order = Order(dataset.buckets, seed)
+        self._order = Order(dataset.buckets, seed, hashlib.sha256(b"\0".join(dataset.names)).hexdigest()[:16])
         self._iterator: Iterator[_Fetched] | None = None
         self._batches = DataLoader(
             _Fetch(dataset, self._order),

@@ -23,11 +23,11 @@ class Order:
     that would be the furthest behind (Webster's method), which the same state decides alike everywhere.
 
     Args:
-        buckets: ``(N,)`` integers, the bucket of every sample. seed: of the permutations.
+        buckets: ``(N,)`` integers, the bucket of every sample. seed: of the permutations. names: a hash of the samples'.
     """
 
-    def __init__(self, buckets: NDArray[np.integer], seed: int):
-        self.seed = seed
+    def __init__(self, buckets: NDArray[np.integer], seed: int, names: str = ""):
+        self.seed, self.names = seed, names
         self.members = [np.flatnonzero(buckets == bucket) for bucket in np.unique(buckets)]
         self.taken = [0] * len(self.members)
         self._permutations: dict[int, tuple[int, NDArray[np.integer]]] = {}
@@ -54,13 +54,14 @@ class Order:
             "index": [index for _, index in places],
             "samples": [len(members) for members in self.members],
             "seed": self.seed,
+            "names": self.names,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Raises ValueError: the state is of other data, or of another seed."""
         ours = self.state_dict()
-        for name in ("samples", "seed"):
-            if state[name] != ours[name]:
+        for name in ("samples", "seed", "names"):
+            if state.get(name, ours[name]) != ours[name]:  # a state without names is of any
                 raise ValueError(
                     f"data: the position to go on from is of other data or settings: {name} {state[name]}, here {ours[name]}"
                 )

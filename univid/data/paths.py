@@ -8,6 +8,7 @@ import glob
 import http.client
 import importlib
 import itertools
+import logging
 import os
 import re
 import shutil
@@ -24,6 +25,8 @@ from typing import IO
 
 from univid.data.folder import TABLES
 from univid.data.shards import INDEX
+
+log = logging.getLogger("univid.data")
 
 _ENDINGS = (".tar", *TABLES)
 _BRACES = re.compile(r"\{([^{}]*)\}")
@@ -70,7 +73,10 @@ def _local(path: str) -> list[Path]:
     if os.path.isdir(path):
         children = sorted(Path(path).iterdir())
         shards = [child for child in children if child.suffix == ".tar"]
-        return shards or [child for child in children if child.suffix in TABLES]
+        tables = [child for child in children if child.suffix in TABLES]
+        if shards and tables:
+            log.warning("data: %s holds shards, which are read, and %s, which is not", path, tables[0].name)
+        return shards or tables
     if glob.has_magic(path):
         matches = sorted(glob.glob(path, recursive=True))
         return [Path(match) for match in matches if not match.endswith(INDEX)]  # they lie beside their shards
@@ -83,7 +89,10 @@ def _local(path: str) -> list[Path]:
 
 def fetch(url: str, cache: Path) -> Path:
     """The local copy of a URL, made if it is not there: streamed under another name, checked, renamed."""
-    parts = urllib.parse.urlsplit(url)
+    try:
+        parts = urllib.parse.urlsplit(url)
+    except ValueError as error:
+        raise ValueError(f"data: got {url}, which is no URL: {error}") from None
     name = parts.path.rpartition("/")[2].encode()[-100:].decode(errors="ignore")  # a file's may have 255 bytes
     if Path(name).suffix not in _ENDINGS:  # it may stand in the query
         name += next((ending for ending in _ENDINGS if parts.query.endswith(ending)), "")

@@ -6,6 +6,7 @@ A shard's index (where each file lies, and the numbers in its JSON) is made once
 from __future__ import annotations
 
 import json
+import logging
 import os
 import sys
 import tarfile
@@ -23,10 +24,14 @@ from numpy.typing import NDArray
 
 from univid.data.decode import PICTURES, VIDEOS
 
+log = logging.getLogger("univid.data")
+
 INDEX = ".index.npz"  # behind a shard's name: what it holds, kept beside it
 HEADER = "univid.json"  # of a shard that `univid encode` wrote: what it is a cache of
 _FILES = ("media", "txt", "json")
-_VERSION = 2
+_KINDS = dict.fromkeys(PICTURES, "picture") | dict.fromkeys({*VIDEOS, "safetensors"}, "video")
+_KINDS |= {"txt": "txt", "json": "json"}  # by a file's ending
+_VERSION = 3
 
 
 @dataclass(frozen=True)
@@ -56,7 +61,15 @@ class Shards:
         )
         self.spans: NDArray[np.int64] = np.concatenate([part["spans"] for part in parts])  # (N, 3, 2): offset, size
         self.shard = np.repeat(np.arange(len(parts), dtype=np.int32), [len(part["keys"]) for part in parts])
-        self.headers: list[dict[str, Any] | None] = [json.loads(part["header"].tobytes() or b"null") for part in parts]
+        self.headers: list[dict[str, Any] | None] = [
+            json_object(part["header"].tobytes(), f"{path}: {HEADER}") if part["header"].size else None
+            for path, part in zip(self.paths, parts, strict=True)
+        ]
+        if dotted := sum(int(part["dotted"]) for part in parts):
+            first = next(
+                f"{path}/{part['example']}" for path, part in zip(self.paths, parts, strict=True) if part["dotted"]
+            )
+            log.warning("data: left out %d files whose key would have a dot, which ends it; one is %s", dotted, first)
 
     def name(self, index: int) -> str:
         return f"{self.paths[self.shard[index]]}/{self.listing.keys[index].decode()}"
@@ -125,9 +138,13 @@ def _keep(place: Path, arrays: dict[str, NDArray[Any]]) -> None:
 
 
 def _scan(path: Path) -> dict[str, NDArray[Any]]:
-    """Go through a tar: a sample is what has one name up to its first dot, and a video or picture among its files."""
+    """Go through a tar: a sample is what has one name up to its first dot, and a video or picture among its files.
+
+    Of a video and a picture of one name the video counts.
+    """
     samples: dict[str, dict[str, Any]] = {}
     header = b""
+    dotted: list[str] = []
     try:
         with tarfile.open(path, "r:") as tar:
             for member in tar:
@@ -139,31 +156,38 @@ def _scan(path: Path) -> dict[str, NDArray[Any]]:
                 folder, name = os.path.split(member.name)
                 stem, _, ending = name.partition(".")
                 ending = ending.lower()
-                sample = samples.setdefault(os.path.join(folder, stem), {"numbers": {}})
-                if ending in PICTURES | VIDEOS | {"safetensors"}:
-                    sample["media"], sample["picture"] = (member.offset_data, member.size), ending in PICTURES
-                elif ending == "txt" and _contents(tar, member).decode(errors="replace").strip():
-                    sample["txt"] = member.offset_data, member.size  # without a text it is as if it were not there
-                elif ending == "json":
-                    sample["json"] = member.offset_data, member.size
+                if stem and "." in ending and ending.rpartition(".")[2] in PICTURES | VIDEOS:
+                    dotted.append(member.name)
+                sample, kind = samples.setdefault(os.path.join(folder, stem), {"numbers": {}}), _KINDS.get(ending)
+                if kind in sample:
+                    raise ValueError(f"data: {path}: {member.name} is the second {kind} of its key; one needed")
+                if kind == "txt" and not _contents(tar, member).decode(errors="replace").strip():
+                    continue  # without a text it is as if it were not there
+                if kind is not None:
+                    sample[kind] = member.offset_data, member.size
+                if kind == "json":
                     values = json_object(_contents(tar, member), f"{path}: {member.name}")
                     sample["numbers"] = numbers_of(values)
                     sample["captioned"] = caption_of(values) != ""
     except tarfile.TarError as error:
         raise ValueError(f"data: {path} is not a whole tar file: {error}") from None
-    samples = {key: sample for key, sample in samples.items() if "media" in sample}
+    samples = {key: sample for key, sample in samples.items() if "video" in sample or "picture" in sample}
     if not samples and not header:
         raise ValueError(f"data: {path} is an empty shard: it holds no video (key.mp4) and no picture (key.jpg)")
     found = list(samples.values())
     names = sorted({name for sample in found for name in sample["numbers"]})
+    for sample in found:
+        sample["media"] = sample.get("video") or sample["picture"]
     spans = [[sample.get(file, (-1, -1)) for file in _FILES] for sample in found]
     return {
         "keys": np.array([key.encode() for key in samples], dtype=np.bytes_),
-        "pictures": np.array([sample["picture"] for sample in found], dtype=bool),
+        "pictures": np.array(["video" not in sample for sample in found], dtype=bool),
         "captioned": np.array([sample.get("captioned", False) or "txt" in sample for sample in found], dtype=bool),
         "spans": np.array(spans, dtype=np.int64).reshape(-1, 3, 2),
         "names": np.array(names, dtype=np.str_),
         "numbers": np.array([[sample["numbers"].get(name, np.nan) for sample in found] for name in names], dtype=float),
+        "dotted": np.array(len(dotted)),
+        "example": np.array(next(iter(dotted), "")),
         "header": np.frombuffer(header, dtype=np.uint8),
     }
 
