@@ -23,7 +23,7 @@ from train.config import CONFIGS, Config, Model, Stream, load
 from train.data import Conditioned, Encoder, RenderedShapes
 from train.export import Export, export
 from train.export import main as export_main
-from train.fsdp import Inputs, Trainer, main, write_config
+from train.fsdp import Inputs, Trainer, check_beside, main, write_config
 from train.log import FILE
 from train.parts import Parts
 from train.processes import processes
@@ -124,6 +124,13 @@ def test_arguments_count_over_the_file(tmp_path):
         ("streams.video.sizes=['32']", "streams.video.sizes: got '32', needs HEIGHTxWIDTH"),
         ("validation.every=5", r"validation.prompts: got \(\), needs one or more, for every = 5"),
         ("validation.images=['a.png']", "validation.images: got .* needs none, or one for each of 0 prompts"),
+        (
+            "validation={every=5, prompts=['a', '', ''], images=['', 'a.png', '']}",
+            r"validation.prompts: got \('a', '', ''\), needs a text, or an image beside it, in each$",
+        ),
+        ("validation={every=5, prompts=['']}", r"validation.prompts: got \('',\), needs a text, or an image"),
+        ("run=a\0b", r"run: got 'a\\x00b', needs a folder's name$"),
+        ("export=\0", r"export: got '\\x00', needs a folder's name$"),
     ],
 )
 def test_a_wrong_argument_is_named(override, message):
@@ -166,12 +173,30 @@ def test_what_is_wrong_is_said_in_one_line(tmp_path, capsys):
         (["model.start=shapes", "model.frozen=a"], "model.frozen: got 'a', needs no model.start beside it"),
         (["model.start=shapes", "model.unet=tiny"], "model.unet: got 'tiny', needs no model.start beside it"),
         (["model.sd21=a", "model.start=shapes"], "model.start: got 'shapes', needs no model.sd21 beside it"),
+        (["model.clip=a"], "model.clip: got 'a', needs model.sd21 beside it; other folders have their own"),
+        (
+            ["streams.video.source=a.tar", "streams.video.sizes=['32x64']", "streams.video.height=32"],
+            "streams.video.height: got 32, needs no streams.video.sizes beside it, which say both",
+        ),
+        (
+            ["streams.image.width=48", "streams.image.source=a", "streams.image.sizes=['32x64']"],
+            "streams.image.width: got 48, needs no streams.image.sizes beside it",
+        ),
     ],
 )
-def test_what_a_folder_brings_is_not_chosen_beside_it(arguments, message, tmp_path, monkeypatch, capsys):
+def test_what_others_make_void_is_not_chosen_beside_them(arguments, message, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("train.fsdp.Trainer", lambda *_: sys.exit("it trains"))
     assert main([f"run={tmp_path}", *arguments]) == 1
     assert f"ValueError: {message}" in capsys.readouterr().err
+
+
+def test_a_file_may_have_what_an_argument_makes_void():
+    for path, arguments in (
+        (CONFIGS / "sd21_t2v.toml", ["model.sd21=", "model.start=shapes"]),  # and has a clip
+        (CONFIGS / "sd21_t2v.toml", ["streams.video.sizes=['320x576']"]),  # and has height and width
+        (None, []),
+    ):
+        check_beside(load(Config, path, arguments), [argument.partition("=")[0] for argument in arguments])
 
 
 @pytest.mark.parametrize(
@@ -259,7 +284,7 @@ def test_a_stage_starts_from_what_another_one_exported(start, tmp_path):
         config = configure(run, "steps=2", "stage=t2v", f"model.start={start}")
         (run / "config.json").parent.mkdir()
         trained = train(config, joined)
-        (run / "config.json").write_text(json.dumps({"model": {"start": str(start)}}))
+        (run / "config.json").write_text(json.dumps(dataclasses.asdict(config)))
         assert export(run, out, Export()).name == "step-00000002"
         pipe = UniVidPipeline.from_pretrained(out)
         first = UniVidPipeline.from_pretrained(start)
@@ -269,7 +294,7 @@ def test_a_stage_starts_from_what_another_one_exported(start, tmp_path):
             assert torch.equal(parameter, expected), name
         assert torch.equal(pipe.adapter.norm.weight, first.adapter.norm.weight)
         assert pipe.scheduler == first.scheduler
-        assert pipe.settings == first.settings
+        assert pipe.settings == dataclasses.replace(first.settings, height=32, width=32, fps=8)  # as trained
 
         second = configure(tmp_path / "second", "steps=1", "stage=adapters", f"model.start={out}")
         moved = train(second, joined)
@@ -423,8 +448,12 @@ def test_a_stream_of_shapes_draws_the_motions_it_is_told(start):
     with processes(device="cpu") as joined:
         source = RenderedShapes(stream, Encoder(parts, CPU, 8), joined, 0)
         batch = source.next()
-        with pytest.raises(ValueError, match=r"^streams: got motion 'north', needs some of "):
-            RenderedShapes(dataclasses.replace(stream, motions=("north",)), Encoder(parts, CPU, 8), joined, 0)
+        for wrong, message in (
+            ({"motions": ("north",)}, "got motion 'north', needs some of "),
+            ({"first": 10**21}, f"got first = {10**21}, needs a number < {2**40}, where held-out clips begin$"),
+        ):
+            with pytest.raises(ValueError, match=f"^streams: {message}"):
+                RenderedShapes(dataclasses.replace(stream, **wrong), Encoder(parts, CPU, 8), joined, 0)
     assert Counter(judge(batch.frames).motion.tolist()) == {MOTIONS.index("clockwise"): 6, MOTIONS.index("up"): 6}
 
 

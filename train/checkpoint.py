@@ -1,7 +1,8 @@
 """Checkpoints by torch.distributed.checkpoint, written beside the training: at any instant the last one is whole.
 
 A checkpoint is a folder ``step-00001000``: the shards of weights, average and moments, and ``state.json`` with what else it
-takes to go on. It is written as ``step-00001000.partial`` and renamed by rank 0 once all ranks have written their part.
+takes to go on. It is written as ``step-00001000.partial``, and once all ranks have written their part rank 0 adds
+``state.json`` and renames it.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from torch.distributed.checkpoint import CheckpointException, FileSystemReader, 
 from torch.distributed.device_mesh import DeviceMesh
 
 from train.optimizer import ShardedAdamW
-from train.processes import Processes
+from train.processes import Processes, host_group
 from train.sharding import Shard, local_shards
 from univid.data.tensors import read_json
 
@@ -33,8 +34,8 @@ COUNTS = "counts"
 
 
 def checkpoints(folder: Path) -> list[Path]:
-    """Those that are whole, the oldest first."""
-    return sorted(path for path in folder.glob("step-*") if path.name[5:].isdigit() and (path / STATE).is_file())
+    """Those that took their name, the oldest first; :func:`read_state` tells whether something has damaged one since."""
+    return sorted(path for path in folder.glob("step-*") if path.name[5:].isdigit())
 
 
 def step_of(path: Path) -> int:
@@ -54,7 +55,7 @@ class Checkpoints:
         if processes.first:
             for partial in folder.glob(f"*{PARTIAL}"):
                 shutil.rmtree(partial)
-        self.group: Any = dist.new_group(backend="gloo")  # the writing thread's own
+        self.group: Any = host_group()  # the writing thread's own
         self.shards: dict[str, list[tuple[Shard, Tensor]]] = {
             "model": [(shard, shard.local) for shard in local_shards(model)],
             **optimizer.tensors(),
@@ -87,10 +88,14 @@ class Checkpoints:
 
     def wait(self) -> None:
         """Until the last one is there."""
-        if self._thread is not None:
-            self._thread.join()
-            self._thread = None
+        self.finish()
         self.check()
+
+    def finish(self, seconds: float | None = None) -> None:
+        """Let the writing thread come to its end, for so long at most, whatever comes of it."""
+        if self._thread is not None:
+            self._thread.join(seconds)
+            self._thread = None
 
     def check(self) -> None:
         """Raise what happened to the writing thread, without waiting for it."""
@@ -132,25 +137,43 @@ class Checkpoints:
     def _write(self, path: Path, tensors: dict[str, Any], state: dict[str, Any]) -> None:
         partial = path.with_name(path.name + PARTIAL)
         try:
+            finite = self._finite()
             if self.processes.first:
                 shutil.rmtree(partial, ignore_errors=True)
+                if finite:
+                    self._prune()  # before as well: the disk may be full of those that a larger `keep` left
                 partial.mkdir(parents=True)
-                (partial / STATE).write_text(json.dumps(state, indent=1) + "\n")
             dist.barrier(group=self.group)
             writer = Writer(partial, thread_count=1)  # what goes wrong in a further thread, it does not tell
             dcp.save(tensors, storage_writer=writer, process_group=self.group)
             dist.barrier(group=self.group)  # all have written
             if self.processes.first:
+                (partial / STATE).write_text(json.dumps(state, indent=1) + "\n")
+                for written in (partial / STATE, partial):
+                    _sync(written)
                 os.rename(partial, path)
                 _sync(self.folder)
-                for old in checkpoints(self.folder)[: -self.keep]:
-                    gone = old.with_name(old.name + PARTIAL)  # never half there under its name
-                    os.rename(old, gone)
-                    shutil.rmtree(gone)
+            dist.barrier(group=self.group)  # it has its name, whichever rank ends next
+            if self.processes.first and finite:
+                self._prune()
         except BaseException as error:
             if self.processes.first:
                 shutil.rmtree(partial, ignore_errors=True)  # it would keep the disk full
             self._error = error
+
+    def _finite(self) -> bool:
+        """Whether the weights are, on all ranks: a checkpoint of others is no reason to remove a good one."""
+        ends = [end for name, x in self._host.items() if name.startswith("model.") and x.numel() for end in x.aminmax()]
+        finite = torch.tensor([all(end.isfinite() for end in ends)], dtype=torch.int32)
+        dist.all_reduce(finite, dist.ReduceOp.MIN, group=self.group)
+        return bool(finite)
+
+    def _prune(self) -> None:
+        """Keep the last ones alone."""
+        for old in checkpoints(self.folder)[: -self.keep]:
+            gone = old.with_name(old.name + PARTIAL)  # never half there under its name
+            os.rename(old, gone)
+            shutil.rmtree(gone)
 
 
 class Writer(FileSystemWriter):
@@ -179,18 +202,22 @@ def whole(path: Path) -> Iterator[None]:
 
 def read_state(path: Path) -> dict[str, Any]:
     """Raises ValueError: it is damaged."""
-    state = read_json(path / STATE)
+    with whole(path):
+        state = read_json(path / STATE)
     if missing := {"step", "sources", "stage", "unet"} - state.keys():
         raise ValueError(f"run: the checkpoint {path} is damaged ({STATE} has no {', '.join(sorted(missing))})")
     return state
 
 
 def check_architecture(path: Path, identity: Mapping[str, Any]) -> None:
-    """Raise ValueError where a checkpoint is of another stage or model; it names what differs."""
+    """Raise ValueError where a checkpoint is of another stage or model; it names what differs.
+
+    What the checkpoint does not say is not compared.
+    """
     state = read_state(path)
     identity = json.loads(json.dumps(identity))  # tuples are lists there
     for key, here in identity.items():
-        there = state.get(key)
+        there = state.get(key, here)
         if there == here:
             continue
         if isinstance(here, dict) and isinstance(there, dict):
@@ -199,9 +226,9 @@ def check_architecture(path: Path, identity: Mapping[str, Any]) -> None:
         raise ValueError(f"run: {path} has {key} = {there!r}, this configuration {here!r}; another run's folder needed")
 
 
-def _sync(folder: Path) -> None:
-    """A rename is on disk once its folder is."""
-    descriptor = os.open(folder, os.O_RDONLY)
+def _sync(path: Path) -> None:
+    """A file is on disk once it and its folder are, a rename once its folder is."""
+    descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:

@@ -13,6 +13,7 @@ import tomllib
 import types
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
@@ -154,6 +155,8 @@ class Validation:
         need("prompts", self.prompts, bool(self.prompts) or not self.every, f"one or more, for every = {self.every}")
         fits = len(self.images) in (0, len(self.prompts))
         need("images", self.images, fits, f"none, or one for each of {len(self.prompts)} prompts")
+        shown = all(map(any, zip_longest(self.prompts, self.images)))
+        need("prompts", self.prompts, shown or not self.every, "a text, or an image beside it, in each")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -173,6 +176,8 @@ class Config:
     validation: Validation = Validation()
 
     def __post_init__(self) -> None:
+        for name in ("run", "export"):
+            need(name, getattr(self, name), "\0" not in getattr(self, name), "a folder's name")
         need_at_least(1, self, "steps")
         need_at_least(0, self, "seconds")
         total = sum(stream.share for stream in self.streams.values())

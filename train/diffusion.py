@@ -4,9 +4,15 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import torch
 from diffusers import DDIMScheduler
 from torch import Tensor
+
+DECISIVE = (  # of a scheduler's config; the rest is about sampling
+    *("num_train_timesteps", "beta_schedule", "beta_start", "beta_end", "trained_betas", "rescale_betas_zero_snr"),
+    "prediction_type",
+)
 
 
 class Diffusion:
@@ -24,6 +30,7 @@ class Diffusion:
         schedule = DDIMScheduler.from_config(scheduler)
         alphas = schedule.alphas_cumprod.double()
         self.prediction = schedule.config.prediction_type
+        self.schedule = {name: np.asarray(schedule.config[name]).tolist() for name in DECISIVE}  # betas may be an array
         if self.prediction == "epsilon" and alphas[-1] < 1e-12:
             raise ValueError(
                 "scheduler: rescale_betas_zero_snr with prediction_type epsilon; needs v_prediction or sample"

@@ -9,8 +9,8 @@ from __future__ import annotations
 import json
 import sys
 import warnings
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -22,15 +22,16 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from train.checkpoint import checkpoints, read_state, step_of, whole
-from train.config import Config, asks_for_help, load
+from train.config import Config, Stream, asks_for_help, load
 from train.parts import Parts
 from train.sharding import Denoiser
 from train.validation import assemble
 from univid.checkpoint import find
+from univid.data.files import check_place
 from univid.model import UNetConfig
 
 if TYPE_CHECKING:
-    from univid.pipeline import UniVidPipeline
+    from univid.pipeline import Settings, UniVidPipeline
 
 HISTORY = "training.json"
 
@@ -58,19 +59,48 @@ def export(run: Path, out: Path, choices: Export = Export()) -> Path:
     unet = UNetConfig.of(state["unet"])
     dtype: torch.dtype = getattr(torch, choices.dtype)
     model = assemble(unet, read_weights(found[step], choices.weights))
-    pipeline_of(model.to(dtype), state["stage"], Parts(config.model, dtype, torch.device("cpu"))).save_pretrained(out)
+    parts = Parts(config.model, dtype, torch.device("cpu"))
+    pipeline_of(model.to(dtype), state["stage"], parts, config.streams).save_pretrained(out)
     write_history(out, config, {"steps": step})
     return found[step]
 
 
-def pipeline_of(model: Denoiser, stage: str, parts: Parts) -> UniVidPipeline:
-    """What a stage trained, with the parts that stayed as they are."""
+def check_out(out: Path) -> None:
+    """See, before hours of training, that a model can be written there. Raises OSError."""
+    real = out.resolve()
+    if real.exists() and not real.is_dir():
+        raise FileExistsError(f"export: got {str(out)!r}, a file, needs a folder's name")
+    try:
+        real.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OSError(f"export: {out} cannot be written: {error.strerror}") from None
+    check_place("export", out)
+
+
+def pipeline_of(model: Denoiser, stage: str, parts: Parts, streams: Mapping[str, Stream]) -> UniVidPipeline:
+    """What a stage trained, with the parts that stayed as they are, set to what it was trained for."""
     if stage == "t2v":
         for transformer in model.unet.transformers():
             attention = transformer.cross_attention
             attention.to_k_image.load_state_dict(attention.to_k.state_dict())
             attention.to_v_image.load_state_dict(attention.to_v.state_dict())
-    return parts.pipeline(model)
+    pipe = parts.pipeline(model)
+    pipe.settings = settings_of(streams, pipe.settings, model.unet.config.max_frames)
+    return pipe
+
+
+def settings_of(streams: Mapping[str, Stream], settings: Settings, max_frames: int) -> Settings:
+    """Frames, size and rate of the largest clips that were trained on; where there were images alone, what the model takes."""
+    clips = [
+        (stream.num_frames * height * width, stream.num_frames, height, width, stream.fps)
+        for stream in streams.values()
+        for height, width in stream.buckets
+        if stream.num_frames > 1 and stream.share > 0
+    ]
+    if clips:
+        _, frames, height, width, fps = max(clips)
+        settings = replace(settings, num_frames=frames, height=height, width=width, fps=fps)
+    return replace(settings, num_frames=min(settings.num_frames, max_frames))
 
 
 def write_history(out: Path, config: Config, piece: dict[str, Any]) -> None:
@@ -83,6 +113,9 @@ def write_history(out: Path, config: Config, piece: dict[str, Any]) -> None:
         for name, stream in config.streams.items()
     }
     chosen = {"stage": config.stage, "seed": config.seed, "of_steps": config.steps, **optimizer, "streams": streams}
+    own = json.loads(json.dumps({"steps": piece["steps"], **chosen}))
+    if pieces and pieces[-1] == pieces[-1] | own:  # exported before, onto what it started from
+        pieces.pop()
     (out / "unet" / HISTORY).write_text(json.dumps([*pieces, piece | chosen], indent=1) + "\n")
 
 

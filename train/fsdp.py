@@ -7,36 +7,39 @@ The same command again goes on from the last checkpoint.
 from __future__ import annotations
 
 import dataclasses
+import fcntl
 import json
 import os
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # the folder that holds univid/ and train/
 
 import torch
-import torch.distributed as dist
 from safetensors import SafetensorError
 
 from train.checkpoint import Checkpoints, check_architecture
-from train.config import CONFIGS, Config, Model, asks_for_help, load, need
+from train.config import CONFIGS, Config, asks_for_help, load, need
 from train.data import Conditioned, Encoder, check_streams, open_source
 from train.diffusion import Diffusion
-from train.export import pipeline_of, write_history
+from train.export import check_out, pipeline_of, write_history
 from train.flops import forward_flops
 from train.graphs import StepGraphs
 from train.log import Logs, Meter, Step, writing
 from train.optimizer import ShardedAdamW, learning_rate
 from train.parts import Parts
-from train.processes import Processes, device_kind, processes
+from train.processes import Processes, device_kind, lost_peer, processes
 from train.sharding import Denoiser, checkpoint_activations, compile_blocks, materialise, shard
 from train.stages import STAGES, Draw, Frames, draw, plan, reference_frames
-from train.validation import averaged, validate
+from train.validation import averaged, check_validation, validate
 from univid.checkpoint import MODELS, is_pipeline
-from univid.data.files import beside, read_image
+from univid.data.files import beside
+from univid.model import UNetConfig
 from univid.model.config import CONFIGS as UNETS
 
 # Of shapes.toml's batches a step takes 70 s on 2 cores, and torchrun kills 30 s after a SIGTERM.
@@ -69,9 +72,7 @@ class Trainer:
         trial = all(stream.source == "random" for stream in config.streams.values())
         self.encoder = Encoder(self.parts, device, unet.context_dim, trial)
         check_streams(config.streams, unet, self.encoder.factor)
-        if config.validation.every and processes.first:
-            for image in filter(None, config.validation.images):
-                read_image(image)  # what is no picture is said now, not at the first validation
+        processes.first_sees(partial(self.check_outputs, unet))
         rendered = any(stream.source == "shapes" for stream in config.streams.values())
         if rendered or config.validation.every or (self.parts.folder is not None and not trial):
             self.parts.check_fits(unet)
@@ -106,6 +107,8 @@ class Trainer:
             "stage": config.stage,
             "unet": dataclasses.asdict(dataclasses.replace(unet, backend=None)),
             "streams": {name: type(source).__name__ for name, source in self.sources.items()},
+            "encoders": None if trial else self.parts.fingerprint,
+            "schedule": self.diffusion.schedule,
         }
         self.checkpoints = Checkpoints(
             Path(config.run) / "checkpoints", self.model, self.optimizer, processes, config.checkpoints.keep
@@ -117,6 +120,13 @@ class Trainer:
             for name, source in self.sources.items():
                 source.load_state_dict(state["sources"][name])
         self.logs = Logs(config, processes, self.step)
+
+    def check_outputs(self, unet: UNetConfig) -> None:
+        """What would fail at the first validation, or in the end, is said before the first step."""
+        if self.config.validation.every:
+            check_validation(self.config, unet, self.parts)
+        if self.config.export:
+            check_out(Path(self.config.export))
 
     # --- a step -------------------------------------------------------------------------------------------------------
 
@@ -158,9 +168,26 @@ class Trainer:
     # --- a run --------------------------------------------------------------------------------------------------------
 
     def run(self) -> None:
-        """Train to the last step, or until a SIGTERM; what there is then is in a checkpoint."""
-        config = self.config
+        """Train to the last step, or until a SIGTERM; what there is then is in a checkpoint.
+
+        Where something fails, the checkpoint that is being written is finished before it is said.
+        """
         self.introduce()
+        try:
+            stopped = self.train()
+        except BaseException as error:
+            if not lost_peer(error):  # without it none can be finished
+                self.checkpoints.finish(60)
+            raise
+        self.close()
+        if self.config.export:
+            self.export(Path(self.config.export))
+        if self.processes.first:
+            print(f"{'stopped' if stopped else 'finished'} at step {self.step}", flush=True)
+
+    def train(self) -> bool:
+        """All steps, and what is logged, saved and drawn between them; whether a SIGTERM has ended them."""
+        config = self.config
         first, stopped = self.step + 1, False
         while self.step < config.steps and not stopped:
             self.meter.steps.append(self.train_step())
@@ -173,14 +200,10 @@ class Trainer:
             if last or self.step % config.checkpoints.every == 0:
                 self.save()
             if config.validation.every and not stopped and self.step % config.validation.every == 0:
-                self.meter.pause(validate(self))
+                self.validate()
             self.checkpoints.check()
         self.checkpoints.wait()
-        self.close()
-        if config.export:
-            self.export(Path(config.export))
-        if self.processes.first:
-            print(f"{'stopped' if stopped else 'finished'} at step {self.step}", flush=True)
+        return stopped
 
     def close(self) -> None:
         """Forget the graphs: NCCL takes no communicator apart that one of them uses."""
@@ -212,12 +235,18 @@ class Trainer:
         whole = averaged(self, torch.float32)
         if whole is not None:
             parts = Parts(self.config.model, torch.float32, torch.device("cpu"))
-            pipeline_of(whole.cpu(), self.config.stage, parts).save_pretrained(out)
+            pipeline_of(whole.cpu(), self.config.stage, parts, self.config.streams).save_pretrained(out)
             seconds = round(time.perf_counter() - self.started)
             piece = {"steps": self.step, "seconds": seconds, "ranks": self.processes.world_size, "on": self.device_name}
             write_history(out, self.config, piece)
             print(f"{out}: averaged weights of step {self.step}", flush=True)
         self.processes.barrier()
+
+    def validate(self) -> None:
+        before = time.perf_counter()
+        self.checkpoints.wait()  # is there, whatever becomes of the clips
+        validate(self)
+        self.meter.pause(time.perf_counter() - before)
 
     def save(self) -> None:
         before = time.perf_counter()
@@ -238,17 +267,18 @@ def main(arguments: Sequence[str]) -> int:
         small = ON_CPU
     try:
         config = load(Config, path, [*small, *arguments])
-        check_beside(config.model, [argument.partition("=")[0] for argument in arguments])
+        check_beside(config, [argument.partition("=")[0] for argument in arguments])
         with processes(config.compute.replicas) as joined:
             if small and joined.first:
                 print(f"no GPU for each process: {', '.join(small)}, unless told otherwise", flush=True)
-            trainer = Trainer(config, joined, started)
-            if joined.first:
-                write_config(config)
-            trainer.run()
+            with alone(Path(config.run), joined):
+                trainer = Trainer(config, joined, started)
+                if joined.first:
+                    write_config(config)
+                trainer.run()
     except (ValueError, OSError, RuntimeError, SafetensorError) as error:
         rank = f"rank {os.environ['RANK']}: " if "RANK" in os.environ else ""
-        lost = "another rank has ended: " if isinstance(error, dist.DistError) or "peer" in str(error) else ""
+        lost = "another rank has ended: " if lost_peer(error) else ""
         print(f"{rank}{lost}{type(error).__name__}: {error}", file=sys.stderr, flush=True)
         return 1
     except KeyboardInterrupt:
@@ -257,13 +287,43 @@ def main(arguments: Sequence[str]) -> int:
     return 0
 
 
-def check_beside(model: Model, typed: Sequence[str]) -> None:
-    """Raises ValueError: an argument that a pipeline's folder makes void. A file may have it, for runs without."""
+def check_beside(config: Config, typed: Sequence[str]) -> None:
+    """Raises ValueError: an argument that others make void. A file may have it, for runs without."""
+    model = config.model
     first = "sd21" if model.sd21 else "start"
     for name in ("start", "unet", "frozen"):
         got = getattr(model, name)
         void = got and getattr(model, first) and name != first and f"model.{name}" in typed
         need(f"model.{name}", got, not void, f"no model.{first} beside it, which has its own")
+    clip = model.clip and "model.clip" in typed
+    need("model.clip", model.clip, bool(model.sd21) or not clip, "model.sd21 beside it; other folders have their own")
+    for key, stream in ((f"streams.{name}", stream) for name, stream in config.streams.items()):
+        for side in ("height", "width"):
+            void = stream.sizes and f"{key}.{side}" in typed
+            need(f"{key}.{side}", getattr(stream, side), not void, f"no {key}.sizes beside it, which say both")
+
+
+@contextmanager
+def alone(run: Path, joined: Processes) -> Iterator[None]:
+    """One command at a time in a run's folder, of which the next would remove what this one has half written.
+
+    The lock is rank 0's, of its process alone: whatever ends that gives it back.
+    """
+    with ExitStack() as held:
+
+        def take() -> None:
+            with writing(run):
+                run.mkdir(parents=True, exist_ok=True)
+                lock = held.enter_context((run / ".lock").open("w"))
+            try:
+                fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except (BlockingIOError, PermissionError):
+                raise ValueError(f"run: another process trains in {run}") from None
+            except OSError:  # a disk that knows no locks
+                pass
+
+        joined.first_sees(take)
+        yield
 
 
 def write_config(config: Config) -> None:

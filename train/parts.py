@@ -73,6 +73,11 @@ class Parts:
         assert self.folder is not None
         return self.model.clip if self.model.sd21 else self.folder / "clip"
 
+    @property
+    def choice(self) -> str:
+        """The argument that names the folder, or would."""
+        return "model.sd21" if self.model.sd21 else "model.start" if self.model.start else "model.frozen"
+
     def unet(self) -> UNetConfig:
         """The U-Net's sizes, before its weights are read."""
         if not self.model.sd21 and not self.model.start:
@@ -94,7 +99,7 @@ class Parts:
 
     def check_fits(self, unet: UNetConfig) -> None:
         """Raises ValueError: the frozen parts are of another size than this U-Net was built for."""
-        choice = "clip" if self.model.sd21 else "start" if self.model.start else "frozen"
+        choice = "model.clip" if self.model.sd21 else self.choice
         if self.folder is None:
             shapes = UNetConfig.load("shapes")
             have = {name: getattr(shapes, name) for name in ("in_channels", "context_dim", "image_dim")}
@@ -107,10 +112,10 @@ class Parts:
                 "image_dim": towers.get("vision_cfg", {}).get("width"),
                 "prediction_type": self.scheduler.get("prediction_type", "epsilon"),  # diffusers' default
             }
-            whose = f"{getattr(self.model, choice)!r} with"
+            whose = f"{getattr(self.model, choice.removeprefix('model.'))!r} with"
         for name, got in have.items():
             if got != (needed := getattr(unet, name)):
-                raise ValueError(f"model.{choice}: got {whose} {name} = {got}, needs {needed}, as the U-Net")
+                raise ValueError(f"{choice}: got {whose} {name} = {got}, needs {needed}, as the U-Net")
 
     @cached_property
     def fingerprint(self) -> dict[str, str] | None:

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import os
 import signal
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from datetime import timedelta
 from types import FrameType
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+
+PATIENCE = timedelta(days=7)  # of hosts: rank 0 may index or copy for hours; that a rank is lost, gloo tells at once
 
 
 @dataclass
@@ -78,6 +81,17 @@ class Processes:
         dist.broadcast_object_list(values, src=0, group=self.host_group)
         return values[0]
 
+    def first_sees(self, check: Callable[[], object]) -> None:
+        """Rank 0 does what may fail; every rank raises the ValueError or OSError that came of it."""
+        failure: Exception | None = None
+        if self.first:
+            try:
+                check()
+            except (ValueError, OSError) as error:
+                failure = error
+        if (failure := self.share(failure)) is not None:
+            raise failure
+
     def gather(self, value: Any) -> list[Any]:
         """Every rank's value, on every rank."""
         values = [None] * self.world_size
@@ -94,6 +108,16 @@ def mesh_of(kind: str, world_size: int, replicas: int) -> DeviceMesh:
     if replicas == 1:
         return init_device_mesh(kind, (world_size,), mesh_dim_names=("shard",))
     return init_device_mesh(kind, (replicas, world_size // replicas), mesh_dim_names=("replicate", "shard"))
+
+
+def host_group() -> Any:
+    """Of all processes, for what waits for hosts."""
+    return dist.new_group(backend="gloo", timeout=PATIENCE)
+
+
+def lost_peer(error: BaseException) -> bool:
+    """Whether it says that another rank has ended."""
+    return isinstance(error, dist.DistError) or "peer" in str(error)
 
 
 def device_kind() -> str:
@@ -125,7 +149,7 @@ def processes(replicas: int = 0, device: str | None = None) -> Iterator[Processe
     dist.init_process_group(backend, **alone, device_id=here if kind == "cuda" else None)
     mesh = mesh_of(kind, world_size, replicas)
     host_mesh = mesh_of("cpu", world_size, replicas) if kind == "cuda" else mesh
-    joined = Processes(rank, world_size, here, mesh, host_mesh, dist.new_group(backend="gloo"))
+    joined = Processes(rank, world_size, here, mesh, host_mesh, host_group())
 
     def signalled(number: int, frame: FrameType | None) -> None:
         joined._signalled = True

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import math
-import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 
-from train.config import Validation
+from train.config import Config, Validation, need
 from train.log import writing
+from train.parts import Parts
 from train.sharding import Denoiser, local_shards
+from univid.data.files import read_image, write_frames
 from univid.model import UNetConfig
 
 if TYPE_CHECKING:
@@ -21,9 +22,19 @@ if TYPE_CHECKING:
     from univid.pipeline import UniVidPipeline
 
 
-def validate(trainer: Trainer) -> float:
-    """Write ``validation/step-00001000.mp4`` on rank 0, while the others wait; the seconds it took."""
-    before = time.perf_counter()
+def check_validation(config: Config, unet: UNetConfig, parts: Parts) -> None:
+    """Raises ValueError, OSError: clips that :func:`validate` could not draw."""
+    levels = parts.scheduler.get("num_train_timesteps", 1000)  # diffusers' default
+    steps, frames = config.validation.steps, parts.settings.num_frames
+    need("validation.steps", steps, steps <= levels, f"at most the scheduler's num_train_timesteps = {levels}")
+    most = f"at most the U-Net's max_frames = {unet.max_frames}"
+    need(f"{parts.choice}: num_frames of its generation.json", frames, frames <= unet.max_frames, most)
+    for image in filter(None, config.validation.images):
+        read_image(image)
+
+
+def validate(trainer: Trainer) -> None:
+    """Write ``validation/step-00001000.mp4`` on rank 0, while the others wait."""
     whole = averaged(trainer, trainer.dtype)
     if whole is not None:
         pipe = trainer.parts.pipeline(whole).to(trainer.processes.device)
@@ -32,12 +43,9 @@ def validate(trainer: Trainer) -> float:
         except FloatingPointError as error:  # training goes on, and tells of steps that are not finite itself
             print(f"validation of step {trainer.step}: {error}", flush=True)
     trainer.processes.barrier()
-    return time.perf_counter() - before
 
 
 def _write(trainer: Trainer, videos: Frames, fps: float) -> None:
-    from univid.data.files import write_frames
-
     path = Path(trainer.config.run) / "validation" / f"step-{trainer.step:08}.mp4"
     with writing(path.parent):
         path.parent.mkdir(exist_ok=True)
