@@ -71,6 +71,13 @@ def test_a_sample_draws_the_same_on_any_rank():
     assert not torch.equal(draw("ti2v", 0, latents, 1000, 5, 7).noise, whole.noise)
 
 
+def test_a_samples_noise_tells_nothing_of_its_noise_level():
+    draws = [draw("ti2v", 0, torch.zeros(500, 1, 1, 4, size), 1000, 5, size) for size in (1, 8)]  # two ways to draw
+    for one in draws:
+        drawn = torch.cat([one.noise.flatten(1), one.t[:, None]], 1).double().T
+        assert drawn.corrcoef()[-1, :-1].abs().max() < 0.2
+
+
 # --- noise and loss -----------------------------------------------------------------------------------------------------------
 
 

@@ -93,12 +93,13 @@ def draw(task: str, first: int, latents: Tensor, steps: int, *seed: object) -> D
     own = torch.Generator()
     device = torch.Generator(latents.device)
     for i in range(len(latents)):
-        seed_ = stable_seed(*seed, first + i)
-        numbers = torch.rand(3, generator=own.manual_seed(seed_), dtype=torch.float64).tolist()
+        own.manual_seed(stable_seed(*seed, first + i))
+        numbers = torch.rand(3, generator=own, dtype=torch.float64).tolist()
         t.append(int(numbers[0] * steps))
         drop.append(numbers[1])
         half.append(numbers[2] < 0.5)
-        torch.randn(noise[i].shape, generator=device.manual_seed(seed_), device=latents.device, out=noise[i])
+        device.manual_seed(stable_seed(*seed, first + i, "noise"))  # of one seed it would hang together with t
+        torch.randn(noise[i].shape, generator=device, device=latents.device, out=noise[i])
     u = torch.tensor(drop, dtype=torch.float64)
     no_text = (u < DROP) | (u >= 2 * DROP) & (u < 3 * DROP)
     no_image = (u >= DROP) & (u < 3 * DROP)
