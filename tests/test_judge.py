@@ -182,8 +182,14 @@ def test_command_judges_the_judge(checkpoint, tmp_path, capsys, monkeypatch):
         (["--count", "0"], "--count: got 0"),
         (["--sets", "t2v,x2v"], "--sets: got 'x2v', needs some of t2v,i2v,ti2v,sweep,true"),
         (["-o", "nowhere/judge.json"], "nowhere does not exist"),
+        (["-o", "folder"], "output: folder is a folder; a file's name needed"),
+        (["-o", "/proc/judge.json"], "output: /proc/judge.json cannot be written: "),
     ],
 )
-def test_command_bad_input(checkpoint, capsys, arguments, error):
+def test_command_bad_input(checkpoint, tmp_path, capsys, monkeypatch, arguments, error):
+    """Before anything is generated."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "folder").mkdir()
+    monkeypatch.setattr("univid.judge.Examination.t2v", lambda _: pytest.fail("it generates"))
     assert main(["judge", checkpoint, *arguments]) == 2
     assert error in capsys.readouterr().err

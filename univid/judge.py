@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from univid.data.files import check_place
 from univid.data.judge import Verdicts, judge
 from univid.data.shapes import COLOURS, SHAPES, Attributes, Shapes, held_out
 from univid.pipeline import UniVidPipeline
@@ -143,6 +144,9 @@ def examine(examination: Examination, sets: Sequence[str], output: Path) -> str:
         raise ValueError(f"--sets: got {min(unknown)!r}, needs some of {','.join(SETS)}")
     if not output.parent.is_dir():
         raise FileNotFoundError(f"output: the folder {output.parent} does not exist")
+    if output.is_dir():
+        raise FileExistsError(f"output: {output} is a folder; a file's name needed")
+    check_place("output", output)
     start = time.perf_counter()
     found: dict[str, Any] = {
         name: getattr(examination, name) for name in ("count", "pairs", "steps", "scheduler", "seed")
