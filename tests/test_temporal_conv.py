@@ -62,6 +62,7 @@ TWICE = {"interpreted": (FP16, FP32), "small": SMALL}
 CASES = [
     ConvCase(id="remainders", compiled=DTYPES, **TWICE),
     ConvCase(id="K1", K=1, **ONCE),
+    ConvCase(id="K1-wide", K=1, T=3, N=180, C=640, C_out=320),  # a linear layer
     ConvCase(id="K5", K=5, compiled=(BF16, FP32)),
     ConvCase(id="K7", K=7, T=12),
     ConvCase(id="K9", K=9, T=3, **ONCE),  # most taps lie outside
