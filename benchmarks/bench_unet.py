@@ -227,6 +227,7 @@ def _measured(model: Model, implementation: Implementation, direction: str) -> d
     for _ in range(2):  # compiles, and measures configurations
         run()
     torch.cuda.synchronize()
+    torch.cuda.empty_cache()  # of what measuring configurations took
     torch.cuda.reset_peak_memory_stats()
     began = perf_counter()
     run()

@@ -54,9 +54,9 @@ Written by `python -m benchmarks.report` from the files in `benchmarks/results/`
   time of the arithmetic at the rate of an 8192³ bfloat16 product and that of the bytes at the rate of a copy, both of the
   same run.
 - *Ours*, where one row stands for all, is the backend that runs where none is asked for.
-- A dash: it cannot run this, or ran out of memory; the result file says why. In *times as fast*: a peer that is the fastest
-  at a level of the U-Net was left out here (below), and none of the others is ahead of ours. **Bold**: the fastest. Shapes are in
-  `benchmarks/levels.py`.
+- A dash: it cannot run this, or ran out of memory; the result file says why. In *times as fast*: a peer that runs at
+  all levels of the U-Net, and is the fastest at one of them, was left out here (below), and none of the others is ahead of ours.
+  **Bold**: the fastest. Shapes are in `benchmarks/levels.py`.
 
 How the peers are treated: what their users would have at hand is not counted. That is, for frames as batch in
 `dual_stream_attn`, prompts repeated for every frame; for block-sparse attention, frames padded to 128 tokens; for temporal
@@ -93,7 +93,7 @@ class Pair(NamedTuple):
 
     mine: dict | None  # the row of ours that runs where no backend is asked for
     peer: dict | None  # of the fastest peer
-    is_whole: bool  # whether no peer is left out that is the fastest at a level of the U-Net
+    is_whole: bool  # whether no peer is left out that runs at all levels of the U-Net and is the fastest at one
 
     @property
     def ratio(self) -> float | None:
@@ -151,9 +151,12 @@ def timed(result: Result) -> dict[Cell, dict[str, dict]]:
         name = row["implementation"]
         name += ", deterministic" if row.get("deterministic") and name in fast_paths else ""
         if "ms" in row:
-            variant = row.get("table") or row.get("epilogue", "")
-            cells[Cell(row["level"], row["direction"], row["batch"], variant)][name] = row
+            cells[_cell(row)][name] = row
     return cells
+
+
+def _cell(row: dict) -> Cell:
+    return Cell(row["level"], row["direction"], row["batch"], row.get("table") or row.get("epilogue", ""))
 
 
 def compared(result: Result) -> dict[Cell, Pair]:
@@ -161,13 +164,18 @@ def compared(result: Result) -> dict[Cell, Pair]:
     chosen = choices([result]).get(result.environment.get("architecture"), {}).get(module, {})
     tried: dict[Cell, set[str]] = defaultdict(set)  # what was run, or could not run
     for row in result.rows:
-        variant = row.get("table") or row.get("epilogue", "")
-        tried[Cell(row["level"], row["direction"], row["batch"], variant)].add(row["implementation"])
+        tried[_cell(row)].add(row["implementation"])
     cells = timed(result)
     best = {cell: _fastest_peer(rows) for cell, rows in cells.items()}
     rivals: dict[tuple[str, str], set[str]] = defaultdict(set)  # by direction and variant
     for cell, peer in best.items():
-        if peer and cell.level in UNET and cell.batch == 2:
+        everywhere = (tried[cell._replace(level=level, batch=2)] for level in UNET)  # not only where it applies
+        if (
+            peer
+            and cell.level in UNET
+            and cell.batch == 2
+            and all(peer["implementation"] in names for names in everywhere)
+        ):
             rivals[cell.direction, cell.variant].add(peer["implementation"])
     pairs = {}
     for cell, rows in cells.items():

@@ -126,7 +126,7 @@ def _memory(results: Sequence[Result], pipeline: Result) -> list[str]:
     for row in unet.rows if unet else ():
         if (row["implementation"], row["direction"]) == ("univid", "fwd_bwd") and "ms" in row:
             words = "forward and backward of the U-Net, two such clips, bfloat16 weights"
-            lines.append(f"| {words} | {_gigabytes(row, 'reserved_mb' if 'reserved_mb' in row else 'peak_mb')} | – |")
+            lines.append(f"| {words} | {_gigabytes(row, 'reserved_mb')} | – |")
     env = pipeline.environment
     note = ["", "The pipeline has changed since: to be measured again."] if pipeline.stale else []
     return [

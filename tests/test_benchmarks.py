@@ -310,6 +310,33 @@ def test_what_is_compared_with_the_peers_runs_by_default():
     assert f2[0]["implementation"] == "triton" and f2[1] is None
 
 
+def test_no_ratio_where_the_best_peer_was_left_out():
+    """But where it does not apply, and where another peer is ahead."""
+
+    def row(level, implementation, ms, batch=2):
+        about = {"op": "geglu", "level": level, "direction": "fwd", "batch": batch}
+        return about | {"implementation": implementation} | ({"ms": ms} if ms else {"failure": "no"})
+
+    rows = [
+        row(level, name, ms) for level in report.UNET for name, ms in (("triton", 1.0), ("all", 1.5), ("slow", 3.0))
+    ]
+    rows += [row("f8", "at f8 alone", 1.2)]
+    rows += [row("f1", "triton", 1.0, 1), row("f1", "slow", 2.0, 1)]
+    rows += [row("f2", "triton", 1.0, 1), row("f2", "slow", 0.5, 1)]
+    rows += [row("f4", "triton", 1.0, 1), row("f4", "slow", 2.0, 1), row("f4", "all", None, 1)]
+    pairs = report.compared(report.Result(Path("geglu.json"), {"architecture": "sm_90", "gpu": "one"}, rows, ""))
+    ratios = {(cell.level, cell.batch): pair.ratio for cell, pair in pairs.items()}
+    assert ratios == {
+        ("f1", 2): 1.5,
+        ("f2", 2): 1.5,
+        ("f4", 2): 1.5,
+        ("f8", 2): 1.2,
+        ("f1", 1): None,
+        ("f2", 1): 0.5,
+        ("f4", 1): 2.0,
+    }
+
+
 def times(**ms):
     return {name: {"ms": value} for name, value in ms.items()}
 

@@ -1,9 +1,9 @@
 """``univid encode``: a cache holds what the encoders make of the clips, goes on where it ended, and knows its model."""
 
-import fcntl
 import json
-import os
 import resource
+import subprocess
+import sys
 import tarfile
 
 import numpy as np
@@ -308,14 +308,17 @@ def test_full_disk(shards, model, tmp_path, capsys):  # noqa: F811
 def test_two_do_not_write_into_one_folder(shards, model, tmp_path, capsys):  # noqa: F811
     output = tmp_path / "cache"
     output.mkdir()
-    folder = os.open(output, os.O_RDONLY)
-    fcntl.flock(folder, fcntl.LOCK_EX)  # as another process holds it
-    assert run(shards, output, model) == 2
-    error = f"univid: output: another process writes to {output}; another folder needed"
-    assert error in capsys.readouterr().err.splitlines()
-    assert not list(output.iterdir())
-    os.close(folder)
+    holder = "import fcntl, sys; f = open(sys.argv[1], 'w'); fcntl.lockf(f, fcntl.LOCK_EX); print(flush=True); sys.stdin.read()"
+    command = [sys.executable, "-c", holder, str(output / ".lock")]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
+        other.stdout.readline()
+        assert run(shards, output, model) == 2
+        error = f"univid: output: another process writes to {output}; another folder needed"
+        assert error in capsys.readouterr().err.splitlines()
+        assert [path.name for path in output.iterdir()] == [".lock"]
+        other.kill()
     assert run(shards, output, model) == 0
+    assert not (output / ".lock").exists()
 
 
 def test_a_row_without_a_path_is_left_out(tmp_path, mp4, model, capsys):  # noqa: F811

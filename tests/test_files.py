@@ -281,6 +281,7 @@ def test_an_empty_folder_is_filled_or_stays_empty(tmp_path, frames, monkeypatch)
         return rename(self, target)
 
     monkeypatch.setattr(Path, "rename", full)
+    monkeypatch.setattr(os.path, "ismount", lambda path: path == tmp_path)
     with pytest.raises(OSError, match="No space left"):
         write_frames(frames, tmp_path)
     assert not list(tmp_path.iterdir())

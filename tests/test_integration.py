@@ -4,6 +4,7 @@ import copy
 import functools
 import pickle
 import threading
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -406,32 +407,42 @@ def test_deterministic_memory_is_not_filled():
         torch.use_deterministic_algorithms(False)
 
 
+def precisions():
+    cudnn = torch.backends.cudnn
+    return cudnn.conv.fp32_precision, cudnn.rnn.fp32_precision
+
+
 def test_tf32_outlives_threads():
     """Convolutions in float32 put PyTorch's setting back, whichever of them ends last."""
-    cudnn = torch.backends.cudnn
-    before = cudnn.conv.fp32_precision
-    first, second = ieee_convolutions(), ieee_convolutions()
+    x = SimpleNamespace(is_cuda=True, dtype=torch.float32)
+    before = precisions()
+    first, second = ieee_convolutions(x), ieee_convolutions(x)
     first.__enter__()
     second.__enter__()
     first.__exit__(None, None, None)
-    assert cudnn.conv.fp32_precision == "ieee" != before
+    assert not torch.backends.cudnn.allow_tf32
     second.__exit__(None, None, None)
-    assert cudnn.conv.fp32_precision == before and cudnn.allow_tf32
+    assert precisions() == before and torch.backends.cudnn.allow_tf32
 
 
-@pytest.mark.parametrize("precision", ["ieee", "tf32"])
-def test_tf32_by_operator(precision):
+@pytest.mark.parametrize("given", [("ieee", "tf32"), ("tf32", "ieee")])
+def test_tf32_by_operator(given):
     """As PyTorch's newer setting has it, beside which the older one cannot be read."""
     cudnn = torch.backends.cudnn
-    before = cudnn.conv.fp32_precision, cudnn.rnn.fp32_precision
-    cudnn.conv.fp32_precision, cudnn.rnn.fp32_precision = precision, "ieee" if precision == "tf32" else "tf32"
+    before = precisions()
+    cudnn.conv.fp32_precision, cudnn.rnn.fp32_precision = given
     try:
-        with pytest.raises(RuntimeError):
-            _ = cudnn.allow_tf32
-        differentiate("conv", arguments("conv"))
-        assert cudnn.conv.fp32_precision == precision
+        with ieee_convolutions(SimpleNamespace(is_cuda=True, dtype=torch.float32)):
+            assert precisions() == ("ieee", given[1])
+        assert precisions() == given
     finally:
         cudnn.conv.fp32_precision, cudnn.rnn.fp32_precision = before
+
+
+def test_tf32_is_of_no_other_tensors():
+    for x in (torch.zeros(1), SimpleNamespace(is_cuda=True, dtype=torch.bfloat16)):
+        with ieee_convolutions(x):
+            assert torch.backends.cudnn.allow_tf32
 
 
 # --- modules, objects, threads ----------------------------------------------------------------------------------------

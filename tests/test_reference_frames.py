@@ -371,6 +371,13 @@ def test_to_while_pytorch_traces():
     assert type(refs.to("meta").table) is torch.Tensor
 
 
+def test_to_while_pytorch_compiles():
+    """In one graph, also where the table is not yet on the tensors' device."""
+    refs = ReferenceFrames.window(3, 1)
+    call = torch.compile(lambda q: pyramid_st_attn(q, q, q, refs), fullgraph=True, backend="eager")
+    assert call(torch.zeros(1, 3, 4, 2, 8, device="meta")).shape == (1, 3, 4, 2, 8)
+
+
 def test_made_in_inference_mode():
     """Tables made or moved while sampling serve a training step."""
     with torch.inference_mode():

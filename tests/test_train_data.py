@@ -116,7 +116,9 @@ def test_a_caches_rate_is_its_own(start, shards, tmp_path):  # noqa: F811
         for fps, wrong in ((4, False), (8, False), (6, True)):  # 8: not chosen
             config = configure(tmp_path / "run", f"model.start={start}", *stream(latents, f"fps={fps}"))
             if not wrong:
-                assert Trainer(config, joined).sources["video"].next().fps.tolist() == [4] * 4
+                trainer = Trainer(config, joined)
+                assert trainer.sources["video"].next().fps.tolist() == [4] * 4
+                assert trainer.config.streams["video"].fps == 4  # as an export will have it
                 continue
             message = r"^streams\.video\.fps: got 6\.0, needs 4, as the cache that is its source$"
             with pytest.raises(ValueError, match=message):

@@ -108,7 +108,7 @@ def test_arguments_count_over_the_file(tmp_path):
         ("optimizer.final=2", r"optimizer.final: got 2.0, needs a number in \[0, 1\]"),
         ("compute.replicas=-1", "compute.replicas: got -1, needs a number >= 0"),
         ("streams.video=3", "streams.video: got 3, needs a table"),
-        ("streams.video.fps=0", "streams.video.fps: got 0.0, needs a number > 0"),
+        ("streams.video.fps=0", "streams.video.fps: got 0.0, needs a number from 0.01 to 240"),
         ("streams.video.workers=-1", "streams.video.workers: got -1, needs a number >= 0"),
         ("streams.video.max_skipped=2", r"streams.video.max_skipped: got 2.0, needs a number in \[0, 1\]"),
         ("streams.video.sizes=['32x64']", r"streams.video.sizes: got \('32x64',\), needs files as the source"),

@@ -17,6 +17,8 @@ from itertools import zip_longest
 from pathlib import Path
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
+from univid.data.files import FPS
+
 CONFIGS = Path(__file__).parent / "configs"
 
 C = TypeVar("C")
@@ -65,7 +67,7 @@ class Stream:
     def __post_init__(self) -> None:
         need_at_least(1, self, "batch_size", "num_frames", "height", "width")
         need_at_least(0, self, "share", "workers", "pool", "first")
-        need("fps", self.fps, self.fps > 0, "a number > 0")
+        need("fps", self.fps, FPS[0] <= self.fps <= FPS[1], f"a number from {FPS[0]} to {FPS[1]}")
         need("max_skipped", self.max_skipped, 0 <= self.max_skipped <= 1, "a number in [0, 1]")
         for size in self.sizes:
             need("sizes", size, re.fullmatch(r"[1-9]\d*x[1-9]\d*", size) is not None, "HEIGHTxWIDTH, such as 320x576")

@@ -73,6 +73,13 @@ def open_source(
     )
 
 
+def as_opened(stream: Stream, source: Source) -> Stream:
+    """With the rate of its clips, where they have one: a cache's is its own."""
+    rates: set[float | None] = getattr(source, "rates", set())
+    (rate,) = rates if len(rates) == 1 else (None,)
+    return stream if rate is None else replace(stream, fps=rate)
+
+
 def check_streams(streams: Mapping[str, Stream], config: UNetConfig, factor: int) -> None:
     """Raises ValueError: clips that the U-Net does not take. ``factor``: pixels along the side of a latent."""
     unit = factor * config.factors[-1]

@@ -7,7 +7,6 @@ The same command again goes on from the last checkpoint.
 from __future__ import annotations
 
 import dataclasses
-import fcntl
 import json
 import os
 import sys
@@ -25,7 +24,7 @@ from safetensors import SafetensorError
 
 from train.checkpoint import Checkpoints, check_architecture
 from train.config import CONFIGS, Config, asks_for_help, load, need
-from train.data import Conditioned, Encoder, check_streams, open_source
+from train.data import Conditioned, Encoder, as_opened, check_streams, open_source
 from train.diffusion import Diffusion
 from train.export import check_out, pipeline_of, write_history
 from train.flops import forward_flops
@@ -39,6 +38,7 @@ from train.stages import STAGES, Draw, Frames, draw, plan, reference_frames
 from train.validation import averaged, check_validation, validate
 from univid.checkpoint import MODELS, is_pipeline
 from univid.data.files import beside
+from univid.data.locks import alone
 from univid.model import UNetConfig
 from univid.model.config import CONFIGS as UNETS
 
@@ -100,6 +100,8 @@ class Trainer:
             name: open_source(name, stream, unet, self.encoder, processes, config.seed)
             for name, stream in config.streams.items()
         }
+        streams = {name: as_opened(stream, self.sources[name]) for name, stream in config.streams.items()}
+        self.config = config = dataclasses.replace(config, streams=streams)
         self.meter = Meter(config, processes, self.dtype)
         self.step = 0
 
@@ -271,10 +273,10 @@ def main(arguments: Sequence[str]) -> int:
         with processes(config.compute.replicas) as joined:
             if small and joined.first:
                 print(f"no GPU for each process: {', '.join(small)}, unless told otherwise", flush=True)
-            with alone(Path(config.run), joined):
+            with first_alone(Path(config.run), joined):
                 trainer = Trainer(config, joined, started)
                 if joined.first:
-                    write_config(config)
+                    write_config(trainer.config)
                 trainer.run()
     except (ValueError, OSError, RuntimeError, SafetensorError) as error:
         rank = f"rank {os.environ['RANK']}: " if "RANK" in os.environ else ""
@@ -304,23 +306,13 @@ def check_beside(config: Config, typed: Sequence[str]) -> None:
 
 
 @contextmanager
-def alone(run: Path, joined: Processes) -> Iterator[None]:
-    """One command at a time in a run's folder, of which the next would remove what this one has half written.
-
-    The lock is rank 0's, of its process alone: whatever ends that gives it back.
-    """
+def first_alone(run: Path, joined: Processes) -> Iterator[None]:
+    """One command at a time in a run's folder: the lock is rank 0's."""
     with ExitStack() as held:
 
         def take() -> None:
             with writing(run):
-                run.mkdir(parents=True, exist_ok=True)
-                lock = held.enter_context((run / ".lock").open("w"))
-            try:
-                fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except (BlockingIOError, PermissionError):
-                raise ValueError(f"run: another process trains in {run}") from None
-            except OSError:  # a disk that knows no locks
-                pass
+                held.enter_context(alone("run", run))
 
         joined.first_sees(take)
         yield

@@ -117,7 +117,7 @@ def host_group() -> Any:
 
 def lost_peer(error: BaseException) -> bool:
     """Whether it says that another rank has ended."""
-    return isinstance(error, dist.DistError) or "peer" in str(error)
+    return isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "peer" in str(error))
 
 
 def device_kind() -> str:

@@ -60,11 +60,14 @@ def _tell(text: str, written: str) -> None:
         print(_printable(text), flush=True)
     except OSError as error:
         _complain(f"warning: standard output: {error.strerror}; {written}: written")
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what Python does when it ends
+        with open(os.devnull, "w") as nowhere:
+            os.dup2(nowhere.fileno(), sys.stdout.fileno())  # for what Python does when it ends
 
 
 def _printable(text: str) -> str:
     """With escapes for what standard output has no characters for."""
+    if sys.stdout is None:  # closed; what is printed goes nowhere
+        return text
     encoding = sys.stdout.encoding or "utf-8"
     return text.encode(encoding, "backslashreplace").decode(encoding)
 

@@ -6,6 +6,7 @@ import json
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from univid.data.files import check_place
+from univid.data.files import beside, check_place
 from univid.data.judge import Verdicts, judge
 from univid.data.shapes import COLOURS, SHAPES, Attributes, Shapes, held_out
 from univid.pipeline import UniVidPipeline
@@ -154,10 +155,12 @@ def examine(examination: Examination, sets: Sequence[str], output: Path) -> str:
     for name in sets:
         found[name] = getattr(examination, name)()
         found["seconds"] = round(time.perf_counter() - start, 1)
-        partial = output.with_name(f"{output.name}.partial")
-        partial.write_text(json.dumps(found, indent=1) + "\n")
-        partial.replace(output)
+        beside(output, partial(_write, found))
     return table(found)
+
+
+def _write(found: dict[str, Any], path: Path) -> None:
+    path.write_text(json.dumps(found, indent=1) + "\n")
 
 
 def table(found: dict[str, Any]) -> str:

@@ -100,7 +100,8 @@ class Cached:
     def names(self) -> list[bytes]:
         """Of its samples, and of the clips that they were made of."""
         clips = [str((header or {}).get("keys")).encode() for header in self.source.headers]
-        return [*self.source.listing.keys[self.keep].tolist(), *clips]
+        shards = [path.name.encode() for path in self.source.paths]
+        return [*shards, *self.source.listing.keys[self.keep].tolist(), *clips]
 
     def __len__(self) -> int:
         return len(self.keep)

@@ -91,7 +91,8 @@ class Clips:
 
     @property
     def names(self) -> list[bytes]:
-        return self.source.listing.keys[self.keep].tolist()
+        shards = [path.name.encode() for path in self.source.paths] if isinstance(self.source, Shards) else []
+        return [*shards, *self.source.listing.keys[self.keep].tolist()]
 
     def __len__(self) -> int:
         return len(self.keep)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import hashlib
 import io
 import json
@@ -28,6 +27,7 @@ from univid.data.cache import Cached, fingerprint
 from univid.data.clip import Clip, load_clip
 from univid.data.dataset import Clips, DataConfig, open_dataset
 from univid.data.folder import Folder
+from univid.data.locks import alone
 from univid.data.shards import HEADER, Shards
 from univid.data.tensors import read_json
 
@@ -99,57 +99,43 @@ def encode(
             raise ValueError(f"sizes: got {size[0]}x{size[1]}; multiples of {vae.factor} needed, the VAE's factor")
     if output.exists() and not output.is_dir():
         raise FileExistsError(f"output: {output} is not a folder")
-    output.mkdir(parents=True, exist_ok=True)
-    shards = [range(first, min(first + shard_size, len(dataset))) for first in range(0, len(dataset), shard_size)]
-    headers = [_header(dataset, clips, config, made_with) for clips in shards]
-    todo = [number for number in range(len(shards)) if not _finished(output / _name(number), headers[number])]
-    jobs = [job for number in todo for job in _jobs(dataset, number, shards[number], batch_size)]
-    batches: DataLoader = DataLoader(
-        _Reader(dataset),
-        sampler=jobs,
-        batch_size=None,
-        num_workers=min(workers, os.cpu_count() or 1),
-        collate_fn=_as_it_is,
-        generator=torch.Generator(),
-    )
-    written = skipped = 0
-    encoder = _Encoder(vae, tower, torch.device(device))
-    waiting = iter(batches)
-    bar = tqdm(total=sum(len(shards[number]) for number in todo), desc="Encoding", unit="clip", disable=not progress)
-    with bar, _alone(output):
-        for number in todo:
-            with _Writer(output / _name(number), headers[number]) as shard:
-                for _ in range(sum(job.shard == number for job in jobs)):
-                    job, samples, reasons = next(waiting)
-                    for reason in reasons:
-                        log.warning("data: left out %s", reason)
-                    skipped += len(reasons)
-                    written += len(samples)
-                    if skipped > max_skipped * (skipped + written) and skipped >= min(10, len(dataset)):
-                        raise ValueError(
-                            f"data: {skipped} of {skipped + written} clips could not be read, more than"
-                            f" max_skipped={max_skipped:g} of them; the last is {reasons[-1]}"
-                        )
-                    if samples:
-                        encoder.write(job, samples, dataset, shard)
-                    bar.update(len(job.clips))
-    return Counts(written, skipped, len(shards) - len(todo))
-
-
-@contextlib.contextmanager
-def _alone(output: Path) -> Iterator[None]:
-    """One command at a time: two would write into one partial shard."""
-    folder = os.open(output, os.O_RDONLY)
-    try:
-        try:
-            fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise OSError(f"output: another process writes to {output}; another folder needed") from None
-        except OSError:  # a disk that knows no locks
-            pass
-        yield
-    finally:
-        os.close(folder)
+    with alone("output", output):
+        shards = [range(first, min(first + shard_size, len(dataset))) for first in range(0, len(dataset), shard_size)]
+        headers = [_header(dataset, clips, config, made_with) for clips in shards]
+        todo = [number for number in range(len(shards)) if not _finished(output / _name(number), headers[number])]
+        jobs = [job for number in todo for job in _jobs(dataset, number, shards[number], batch_size)]
+        batches: DataLoader = DataLoader(
+            _Reader(dataset),
+            sampler=jobs,
+            batch_size=None,
+            num_workers=min(workers, os.cpu_count() or 1),
+            collate_fn=_as_it_is,
+            generator=torch.Generator(),
+        )
+        written = skipped = 0
+        encoder = _Encoder(vae, tower, torch.device(device))
+        waiting = iter(batches)
+        bar = tqdm(
+            total=sum(len(shards[number]) for number in todo), desc="Encoding", unit="clip", disable=not progress
+        )
+        with bar:
+            for number in todo:
+                with _Writer(output / _name(number), headers[number]) as shard:
+                    for _ in range(sum(job.shard == number for job in jobs)):
+                        job, samples, reasons = next(waiting)
+                        for reason in reasons:
+                            log.warning("data: left out %s", reason)
+                        skipped += len(reasons)
+                        written += len(samples)
+                        if skipped > max_skipped * (skipped + written) and skipped >= min(10, len(dataset)):
+                            raise ValueError(
+                                f"data: {skipped} of {skipped + written} clips could not be read, more than"
+                                f" max_skipped={max_skipped:g} of them; the last is {reasons[-1]}"
+                            )
+                        if samples:
+                            encoder.write(job, samples, dataset, shard)
+                        bar.update(len(job.clips))
+        return Counts(written, skipped, len(shards) - len(todo))
 
 
 class _Job(NamedTuple):

@@ -61,8 +61,8 @@ def check_place(name: str, path: Path) -> None:
     Raises:
         ValueError: it is, or holds, the folder one stands in, which would be gone. PermissionError: it cannot be written.
     """
-    real, here = path.resolve(), Path.cwd()
-    if real in (here, *here.parents):
+    real = path.resolve()
+    if _holds_current_folder(real):
         raise ValueError(f"{name}: got {str(path)!r}, which holds the current folder; a folder of its own needed")
     if os.path.ismount(real) and not is_empty(real):
         raise PermissionError(f"{name}: {path} is a mount point, which cannot be replaced; another name needed")
@@ -71,6 +71,14 @@ def check_place(name: str, path: Path) -> None:
         _room(folder, real.name).rmdir()
     except OSError as error:
         raise PermissionError(f"{name}: {path} cannot be written: {folder}: {error.strerror}") from None
+
+
+def _holds_current_folder(real: Path) -> bool:
+    try:
+        here = Path.cwd()
+    except FileNotFoundError:  # it was removed
+        return False
+    return real in (here, *here.parents)
 
 
 def is_empty(path: Path) -> bool:
@@ -278,8 +286,16 @@ def _fill(folder: Path, partial: Path) -> None:
 
 
 def _around(path: Path) -> Path:
-    """Where there is room to write ``path``: beside it, or in it, an empty folder."""
-    return path if is_empty(path) else path.parent
+    """Where there is room to write ``path``: beside it, or in it, where that is an empty folder of which nothing can take the place."""
+    if not is_empty(path):
+        return path.parent
+    if os.path.ismount(path):
+        return path
+    try:
+        _room(path.parent, path.name).rmdir()
+    except OSError:
+        return path
+    return path.parent
 
 
 def _room(folder: Path, name: str) -> Path:

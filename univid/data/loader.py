@@ -81,6 +81,7 @@ class Loader:
         workers = min(workers, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else workers)
         self._seen = 0
         self._named: set[str] = set()
+        self.rates: set[float | None] = getattr(dataset, "rates", set())  # of a cache's clips, frames a second
         self._order = Order(dataset.buckets, seed, hashlib.sha256(b"\0".join(dataset.names)).hexdigest()[:16])
         self._iterator: Iterator[_Fetched] | None = None
         self._batches = DataLoader(

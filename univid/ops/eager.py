@@ -56,8 +56,7 @@ class Eager:
         with _recording():
             out = self.function(call._replace(**leaves))
         out = out[0] if isinstance(out, tuple) else out
-        with ieee_convolutions():
-            results = torch.autograd.grad(out, list(leaves.values()), _aligned(grad))
+        results = torch.autograd.grad(out, list(leaves.values()), _aligned(grad))
         for g, result in zip(wanted.values(), results, strict=True):
             g.copy_(result)
 
@@ -102,7 +101,8 @@ class EagerConvolution(Eager):
             gradients[0].add_(call.residual)
 
     def differentiate(self, call: TemporalConvCall, grad: Tensor, *gradients: Tensor | None) -> None:
-        super().backward(call, grad, *gradients)
+        with ieee_convolutions(call.x):
+            super().backward(call, grad, *gradients)
 
 
 class TorchConvolution(EagerConvolution):
@@ -116,7 +116,7 @@ class TorchConvolution(EagerConvolution):
         of_all = dbias is not None and dbias.ndim == 1  # not one of each clip
         needs = [dx is not None, dweight is not None, of_all]
         if any(needs):
-            with ieee_convolutions():
+            with ieee_convolutions(x):
                 results = torch.ops.aten.convolution_backward(
                     _planes(_aligned(grad)), x, weight, [len(weight)], **options, output_mask=needs
                 )
@@ -249,7 +249,7 @@ def _temporal_conv(call: TemporalConvCall) -> Tensor:
     """A convolution over the (T, N) plane on channels-last memory as it is."""
     of_clips = call.bias is not None and call.bias.ndim == 2
     bias = None if of_clips else call.bias
-    with ieee_convolutions():
+    with ieee_convolutions(call.x):
         if call.x.is_cuda:
             x, weight, options = _over_time(call)
             out = torch.ops.aten.convolution(x, weight, bias, **options).permute(0, 2, 3, 4, 1).squeeze(2)

@@ -181,7 +181,9 @@ class ReferenceFrames:
 
 def _recordable() -> AbstractContextManager:
     """What is made within may be saved for a backward: the same table serves a sampler today and training tomorrow."""
-    return torch.inference_mode(False) if torch.is_inference_mode_enabled() else nullcontext()
+    if torch.compiler.is_compiling() or not torch.is_inference_mode_enabled():
+        return nullcontext()
+    return torch.inference_mode(False)
 
 
 def check_entries(name: str, table: Tensor, num_key_frames: int) -> None:

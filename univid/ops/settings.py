@@ -8,6 +8,7 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
+from torch import Tensor
 
 
 class Held:
@@ -58,18 +59,25 @@ def deterministic_algorithms(on: bool) -> AbstractContextManager:
     return _DETERMINISTIC if on else _NOTHING
 
 
-def _write_precision(setting: str) -> None:
-    torch.backends.cudnn.conv.fp32_precision = setting  # type: ignore[attr-defined]
+def _read_tf32() -> bool | str:
+    cudnn: Any = torch.backends.cudnn
+    try:
+        return cudnn.allow_tf32
+    except RuntimeError:  # whoever has set convolutions apart speaks of them alone
+        return cudnn.conv.fp32_precision
 
 
-# Not cudnn.allow_tf32, which raises where its user has set convolutions and recurrent layers apart.
-_IEEE_CONVOLUTIONS = Held(
-    lambda: torch.backends.cudnn.conv.fp32_precision,  # type: ignore[attr-defined]
-    _write_precision,
-    lambda _: "ieee",
-)
+def _write_tf32(setting: bool | str) -> None:
+    cudnn: Any = torch.backends.cudnn
+    if isinstance(setting, bool):
+        cudnn.allow_tf32 = setting
+    else:
+        cudnn.conv.fp32_precision = setting
 
 
-def ieee_convolutions() -> AbstractContextManager:
-    """float32 means float32: PyTorch lets cuDNN multiply in TF32 by default."""
-    return _IEEE_CONVOLUTIONS
+_IEEE_CONVOLUTIONS = Held(_read_tf32, _write_tf32, lambda found: False if isinstance(found, bool) else "ieee")
+
+
+def ieee_convolutions(x: Tensor) -> AbstractContextManager:
+    """float32 means float32: PyTorch lets cuDNN multiply ``x`` in TF32 by default."""
+    return _IEEE_CONVOLUTIONS if x.is_cuda and x.dtype == torch.float32 else _NOTHING
