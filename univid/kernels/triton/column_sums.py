@@ -1,7 +1,8 @@
 """Sums over the rows of channels-last tensors: the gradient of a bias, of all clips or of each.
 
-Two passes, each of tiles of rows x columns in float32: first chunks of rows, about 256 in all, then what the chunks gave, in order,
-so that sums are the same every time. Bound by memory: one read of the tensor, four tiles under way.
+Two passes, each of tiles of rows x columns in float32: first chunks of rows, then what the chunks gave, in order, so that
+sums are the same every time. Bound by memory: one read of the tensor. Few chunks, so that a program has steps enough to
+keep its next tiles under way, and the second pass takes a single step.
 """
 
 import torch
@@ -9,12 +10,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from univid.kernels.triton.launch import Config, Tuned, cdiv
+from univid.kernels.triton.launch import Config, Tuned, cdiv, next_power_of_2
 from univid.kernels.triton.rows import align_of, rows_at, strides_of
 
-_CHUNKS = 256  # programs of the first pass for each column of tiles: some waves of a large card
+_PROGRAMS = 396  # of the first pass: three for each processor of an H200
 _TILE = {"BLOCK_M": 64, "BLOCK_N": 64, "STAGES": 4}
-_NARROW = {"BLOCK_M": 64, "BLOCK_N": 16, "STAGES": 4}  # of few rows, as in the second pass: more programs
 
 
 @triton.jit(do_not_specialize=["rows", "chunk", "chunks", "frames", "tokens"])
@@ -37,7 +37,12 @@ def _column_sums(
     tl.store(out_ptr + at, tl.sum(acc, 0).to(out_ptr.dtype.element_ty), mask=c < C)
 
 
-_COLUMN_SUMS = Tuned(_column_sums, lambda key: [Config(_NARROW if key["whole"] else _TILE, num_warps=4, num_stages=1)])
+def _configs(key: dict) -> list[Config]:
+    tile = _TILE if key["rows"] is None else {"BLOCK_M": key["rows"], "BLOCK_N": 16, "STAGES": 1}
+    return [Config(tile, num_warps=4, num_stages=1)]
+
+
+_COLUMN_SUMS = Tuned(_column_sums, _configs)
 
 
 def sum_columns(x: Tensor, out: Tensor) -> None:
@@ -45,7 +50,8 @@ def sum_columns(x: Tensor, out: Tensor) -> None:
     clips, frames, tokens, channels = x.shape
     sums = clips if out.ndim == 2 else 1
     rows = clips * frames * tokens // sums
-    chunk = max(_TILE["BLOCK_M"], cdiv(sums * rows, _CHUNKS))
+    programs = max(_PROGRAMS // (sums * cdiv(channels, _TILE["BLOCK_N"])), 1)
+    chunk = max(_TILE["BLOCK_M"], cdiv(rows, programs))
     chunks = cdiv(rows, chunk)
     partials = x.new_empty((1, sums, chunks, channels), dtype=torch.float32)
     _sum(x, partials.view(-1, channels), rows, chunk, chunks)
@@ -60,5 +66,6 @@ def _sum(x: Tensor, out: Tensor, rows: int, chunk: int, chunks: int) -> None:
         return len(out) * cdiv(channels, constants["BLOCK_N"]), 1, 1
 
     sizes = (rows, chunk, chunks, frames, tokens)
-    key = {"whole": chunks == 1}
+    # In the second pass a tile holds all rows of most sums.
+    key = {"rows": min(max(next_power_of_2(rows), 32), 128) if chunks == 1 else None}
     _COLUMN_SUMS(grid, x, out, strides_of(x), out.stride(), *sizes, key=key, C=channels, ALIGN=aligned)
