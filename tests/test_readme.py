@@ -95,7 +95,7 @@ def test_own_clips_in_three_commands(tmp_path):
         printed.append(ran.stdout)
     assert printed[0] == "latents: 4 clips, 1 left out\n"
     assert printed[1].endswith("finished at step 2\n") and "from step 0 to 2" in printed[1]
-    assert printed[2] == "path/to/mine: runs/mine/checkpoints/step-00000002\n"
+    assert printed[2] == "path/to/mine: runs/clips/checkpoints/step-00000002\n"
     first, trained = (load_file(each / "unet/diffusion_pytorch_model.safetensors") for each in (start, mine))
     moved = {name for name in first if not torch.equal(first[name], trained[name])}
     assert any("temporal" in name for name in moved) and len(moved) > len(first) / 2

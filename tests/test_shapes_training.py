@@ -113,8 +113,36 @@ def test_contrast_counts_equal_captions_as_right():
 
 
 @pytest.mark.parametrize("command", [shapes_vae, shapes_clip])
-def test_bad_input(command, capsys):
+def test_bad_input(command, monkeypatch, capsys):
     assert command.main(["step=3"]) == 2
     assert "step: unknown key; the nearest is steps" in capsys.readouterr().err
     assert command.main(["steps=1"]) == 2
     assert "steps: got 1, needs a number >= 2" in capsys.readouterr().err
+    assert command.main(["device=foo"]) == 2
+    assert "device: got 'foo', needs 'auto' or 'cpu' or 'cuda'" in capsys.readouterr().err
+    assert command.main(["lr=-1"]) == 2
+    assert "lr: got -1.0, needs a number > 0" in capsys.readouterr().err
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert command.main(["device=cuda"]) == 2
+    assert "device: got 'cuda', needs a GPU that PyTorch finds, or cpu" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", [shapes_vae, shapes_clip])
+def test_a_place_that_cannot_be_written_is_named_before_the_first_step(command, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(command, "until_stopped", lambda steps: pytest.fail("trained"))
+    (tmp_path / "file").touch()
+    assert command.main([f"out={tmp_path / 'file'}", "device=cpu"]) == 2
+    captured = capsys.readouterr()
+    assert captured.err.partition(": ")[2] == f"out: got '{tmp_path / 'file'}', a file, needs a folder's name\n"
+
+
+@pytest.mark.parametrize(
+    ("argument", "message"),
+    [
+        ("channels=[]", "channels: got (), needs numbers > 0, one a level"),
+        ("start=nope", "start: got 'nope', needs a folder that holds an autoencoder's config.json"),
+    ],
+)
+def test_bad_autoencoders(argument, message, capsys):
+    assert shapes_vae.main([argument]) == 2
+    assert capsys.readouterr().err == f"shapes_vae: {message}\n"

@@ -279,7 +279,7 @@ def test_a_kill_before_the_rename_leaves_the_last_checkpoint(alone, tmp_path, mo
 
 
 @pytest.mark.parametrize("damage", ["no metadata", "no shard", "a cut shard", "a cut state", "an empty state"])
-def test_a_damaged_checkpoint_is_named_and_left_as_it_is(alone, tmp_path, capsys, damage):
+def test_a_damaged_checkpoint_is_named_and_left_as_it_is(alone, tmp_path, capsys, caplog, damage):
     config = configure(tmp_path, "steps=1")
     train(config, alone)
     (last,) = checkpoints(tmp_path / "checkpoints")
@@ -293,8 +293,10 @@ def test_a_damaged_checkpoint_is_named_and_left_as_it_is(alone, tmp_path, capsys
         path.write_bytes(path.read_bytes()[: path.stat().st_size // 10])
     files = {path.name: path.read_bytes() for path in last.iterdir()}
     named = re.escape(str(last))
+    capsys.readouterr()
     with pytest.raises(ValueError, match=rf"^(run: the checkpoint|path:) {named}[^\n]*$"):
         Trainer(config, alone)
+    assert not caplog.records and not capsys.readouterr().err  # PyTorch would log a traceback
     assert {path.name: path.read_bytes() for path in last.iterdir()} == files
     (tmp_path / "config.json").write_text(json.dumps(dataclasses.asdict(config)))
     assert export([str(tmp_path), str(tmp_path / "out")]) == 1
@@ -410,6 +412,25 @@ def test_a_checkpoint_of_another_architecture_is_refused(alone, tmp_path):
     path.write_text(path.read_text().replace('"image"', '"picture"'))
     with pytest.raises(ValueError, match=r"has streams\.\w+ = .*; another run's folder needed$"):
         Trainer(configure(tmp_path), alone)
+
+
+def test_a_stream_without_a_share_is_not_opened_and_goes_on_where_it_stopped(alone, tmp_path):
+    """Its files need not be there; a run may give it a share, or take it away, and comes back to where it was."""
+    absent = ("streams.image.share=0", "streams.image.source=images/*.tar")
+    trainer = Trainer(configure(tmp_path / "absent", *absent), alone)
+    assert set(trainer.sources) == {"video"}
+    assert "image" in trainer.config.streams
+
+    run = tmp_path / "run"
+    positions = []
+    for steps, share in ((4, 1e9), (6, 0), (7, 1e9)):  # of images almost all, then none
+        trainer = Trainer(configure(run, f"steps={steps}", f"streams.image.share={share}"), alone)
+        if share:
+            positions.append(trainer.sources["image"].state_dict()["position"])
+        trainer.run()
+        if share:
+            positions.append(trainer.sources["image"].state_dict()["position"])
+    assert positions == [0, 16, 16, 20]
 
 
 def test_what_does_not_fit_the_model_is_refused_before_the_first_step(alone, tmp_path):

@@ -106,6 +106,7 @@ def test_arguments_count_over_the_file(tmp_path):
         ("optimizer.clip_norm=0", "optimizer.clip_norm: got 0.0, needs a number > 0"),
         ("optimizer.beta2=1", r"optimizer.beta2: got 1.0, needs a number in \[0, 1\)"),
         ("optimizer.final=2", r"optimizer.final: got 2.0, needs a number in \[0, 1\]"),
+        ("compute.compile=foo", "compute.compile: got 'foo', needs none or one of .*inductor"),
         ("compute.replicas=-1", "compute.replicas: got -1, needs a number >= 0"),
         ("streams.video=3", "streams.video: got 3, needs a table"),
         ("streams.video.fps=0", "streams.video.fps: got 0.0, needs a number from 0.01 to 240"),
@@ -165,6 +166,15 @@ def test_what_is_wrong_is_said_in_one_line(tmp_path, capsys):
     assert main([f"run={tmp_path}", "streams.video.source=clips/*.tar"]) == 1
     lines = capsys.readouterr().err.splitlines()
     assert [line.partition(":")[0] for line in lines] == ["ValueError", *["FileNotFoundError"] * 4]
+
+
+def test_an_error_of_many_lines_is_said_in_one(tmp_path, monkeypatch, capsys):
+    def fails(*_):
+        raise RuntimeError("backend='inductor' raised:\nno compiler: 'c++'\n\nSet TORCHDYNAMO_VERBOSE=1")
+
+    monkeypatch.setattr("train.fsdp.Trainer", fails)
+    assert main([f"run={tmp_path}"]) == 1
+    assert capsys.readouterr().err == "RuntimeError: backend='inductor' raised: no compiler: 'c++'\n"
 
 
 @pytest.mark.parametrize(
@@ -446,14 +456,15 @@ def test_a_stream_of_shapes_draws_the_motions_it_is_told(start):
     stream = Stream(batch_size=12, motions=("clockwise", "up"))
     parts = Parts(Model(start=str(start)), torch.float32, CPU)
     with processes(device="cpu") as joined:
-        source = RenderedShapes(stream, Encoder(parts, CPU, 8), joined, 0)
+        source = RenderedShapes("video", stream, Encoder(parts, CPU, 8), joined, 0)
         batch = source.next()
         for wrong, message in (
-            ({"motions": ("north",)}, "got motion 'north', needs some of "),
-            ({"first": 10**21}, f"got first = {10**21}, needs a number < {2**40}, where held-out clips begin$"),
+            ({"motions": ("north",)}, ".motions: got 'north', needs some of "),
+            ({"first": 10**21}, f".first: got {10**21}, needs a number < {2**40}, where held-out clips begin$"),
+            ({"width": 32}, ": got shapes of 64x32, needs squares$"),
         ):
-            with pytest.raises(ValueError, match=f"^streams: {message}"):
-                RenderedShapes(dataclasses.replace(stream, **wrong), Encoder(parts, CPU, 8), joined, 0)
+            with pytest.raises(ValueError, match=f"^streams.video{message}"):
+                RenderedShapes("video", dataclasses.replace(stream, **wrong), Encoder(parts, CPU, 8), joined, 0)
     assert Counter(judge(batch.frames).motion.tolist()) == {MOTIONS.index("clockwise"): 6, MOTIONS.index("up"): 6}
 
 

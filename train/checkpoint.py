@@ -106,8 +106,10 @@ class Checkpoints:
     def load(self, path: Path) -> dict[str, Any]:
         """Read a checkpoint into model, average and optimizer; its ``state``. Raises ValueError: it is damaged."""
         tensors = self._copy()
+        reader = FileSystemReader(path)
         with whole(path):
-            dcp.load(tensors, storage_reader=FileSystemReader(path), process_group=self.group)
+            reader.read_metadata()  # PyTorch logs a traceback where it is not there, and goes on without
+            dcp.load(tensors, storage_reader=reader, process_group=self.group)
         with torch.no_grad():
             for kind, shards in self.shards.items():
                 for shard, local in shards:

@@ -121,6 +121,11 @@ class Compute:
 
     def __post_init__(self) -> None:
         need_at_least(0, self, "replicas")
+        if self.compile != "none":  # to ask for the others takes seconds
+            import torch
+
+            backends = torch.compiler.list_backends(exclude_tags=())
+            need("compile", self.compile, self.compile in backends, f"none or one of {', '.join(backends)}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -265,6 +270,21 @@ def _defaults(cls: Any, prefix: str) -> Iterator[tuple[str, str]]:
             yield key, "" if value is dataclasses.MISSING else str(value)
 
 
+def one_line(error: BaseException) -> str:
+    """What an error says first."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+    return " ".join(lines[:2]) if lines[0].endswith(":") else lines[0]
+
+
+def device_of(choice: str) -> str:
+    """ "auto", "cpu" or "cuda" as a device. Raises ValueError: there is no such."""
+    import torch  # here, as below, so that --help does without
+
+    found = torch.cuda.is_available()
+    need("device", choice, found or choice != "cuda", "a GPU that PyTorch finds, or cpu")
+    return ("cuda" if found else "cpu") if choice == "auto" else choice
+
+
 def command(
     name: str, run: Callable[[C], object], cls: type[C], arguments: Sequence[str], doc: str | None = None
 ) -> int:
@@ -276,8 +296,8 @@ def command(
         path, *arguments = arguments
     try:
         run(load(cls, path, arguments))
-    except (ValueError, OSError) as error:
-        print(f"{name}: {error}", file=sys.stderr)
+    except (ValueError, OSError, RuntimeError) as error:
+        print(f"{name}: {one_line(error)}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print(f"{name}: interrupted", file=sys.stderr)

@@ -42,7 +42,7 @@ def open_source(
     if stream.source == "random":
         return RandomLatents(stream, config, encoder, processes)
     if stream.source == "shapes":
-        return RenderedShapes(stream, encoder, processes, stable_seed(seed, name))
+        return RenderedShapes(name, stream, encoder, processes, stable_seed(seed, name))
     files = DataConfig(
         paths=(stream.source,),
         num_frames=stream.num_frames,
@@ -71,6 +71,11 @@ def open_source(
         workers=stream.workers,
         max_skipped=stream.max_skipped,
     )
+
+
+def kind_of(stream: Stream) -> type:
+    """Of what `open_source` would open."""
+    return {"random": RandomLatents, "shapes": RenderedShapes}.get(stream.source, Loader)
 
 
 def as_opened(stream: Stream, source: Source) -> Stream:
@@ -146,19 +151,19 @@ class RenderedShapes(_Counted):
     A pool's clips come in another order each time round, by a permutation that depends on the seed.
     """
 
-    def __init__(self, stream: Stream, encoder: Encoder, processes: Processes, seed: int):
+    def __init__(self, name: str, stream: Stream, encoder: Encoder, processes: Processes, seed: int):
         from univid.data.shapes import HELD_OUT, MOTIONS, Shapes
 
         super().__init__(stream, processes)
         if unknown := set(stream.motions) - set(MOTIONS):
-            raise ValueError(f"streams: got motion {min(unknown)!r}, needs some of {', '.join(MOTIONS)}")
+            raise ValueError(f"streams.{name}.motions: got {min(unknown)!r}, needs some of {', '.join(MOTIONS)}")
         self.motions = torch.tensor([MOTIONS.index(name) for name in stream.motions])
         if stream.first >= HELD_OUT:
             raise ValueError(
-                f"streams: got first = {stream.first}, needs a number < {HELD_OUT}, where held-out clips begin"
+                f"streams.{name}.first: got {stream.first}, needs a number < {HELD_OUT}, where held-out clips begin"
             )
         if stream.height != stream.width:
-            raise ValueError(f"streams: got {stream.height}x{stream.width} shapes, needs squares")
+            raise ValueError(f"streams.{name}: got shapes of {stream.height}x{stream.width}, needs squares")
         self.world = Shapes(num_frames=stream.num_frames, size=stream.height)
         self.encoder, self.seed = encoder, seed
         self.pool: Batch | None = None

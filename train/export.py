@@ -65,16 +65,16 @@ def export(run: Path, out: Path, choices: Export = Export()) -> Path:
     return found[step]
 
 
-def check_out(out: Path) -> None:
+def check_out(out: Path, name: str = "export") -> None:
     """See, before hours of training, that a model can be written there. Raises OSError."""
     real = out.resolve()
     if real.exists() and not real.is_dir():
-        raise FileExistsError(f"export: got {str(out)!r}, a file, needs a folder's name")
+        raise FileExistsError(f"{name}: got {str(out)!r}, a file, needs a folder's name")
     try:
         real.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise OSError(f"export: {out} cannot be written: {error.strerror}") from None
-    check_place("export", out)
+        raise OSError(f"{name}: {out} cannot be written: {error.strerror}") from None
+    check_place(name, out)
 
 
 def pipeline_of(model: Denoiser, stage: str, parts: Parts, streams: Mapping[str, Stream]) -> UniVidPipeline:

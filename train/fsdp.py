@@ -16,6 +16,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # the folder that holds univid/ and train/
 
@@ -23,8 +24,8 @@ import torch
 from safetensors import SafetensorError
 
 from train.checkpoint import Checkpoints, check_architecture
-from train.config import CONFIGS, Config, asks_for_help, load, need
-from train.data import Conditioned, Encoder, as_opened, check_streams, open_source
+from train.config import CONFIGS, Config, asks_for_help, load, need, one_line
+from train.data import Conditioned, Encoder, as_opened, check_streams, kind_of, open_source
 from train.diffusion import Diffusion
 from train.export import check_out, pipeline_of, write_history
 from train.flops import forward_flops
@@ -69,11 +70,12 @@ class Trainer:
         self.dtype = dtypes.get(config.compute.dtype, torch.float32)
         self.parts = Parts(config.model, self.dtype, device)
         unet = self.parts.unet()
-        trial = all(stream.source == "random" for stream in config.streams.values())
+        used = {name: stream for name, stream in config.streams.items() if stream.share > 0}
+        trial = all(stream.source == "random" for stream in used.values())
         self.encoder = Encoder(self.parts, device, unet.context_dim, trial)
-        check_streams(config.streams, unet, self.encoder.factor)
+        check_streams(used, unet, self.encoder.factor)
         processes.first_sees(partial(self.check_outputs, unet))
-        rendered = any(stream.source == "shapes" for stream in config.streams.values())
+        rendered = any(stream.source == "shapes" for stream in used.values())
         if rendered or config.validation.every or (self.parts.folder is not None and not trial):
             self.parts.check_fits(unet)
         whole = self.parts.whole()
@@ -85,7 +87,7 @@ class Trainer:
         if config.compute.activation_checkpointing:
             checkpoint_activations(self.model)
         if config.compute.compile != "none":
-            kinds = sum(len(stream.buckets) for stream in config.streams.values())
+            kinds = sum(len(stream.buckets) for stream in used.values())
             compile_blocks(self.model, config.compute.compile, kinds * len(self.stage.tasks))
         shard(self.model, processes.mesh, self.dtype)
         materialise(self.model, device, whole, config.seed)
@@ -97,18 +99,18 @@ class Trainer:
         if on_gpu and config.compute.cuda_graphs and config.compute.compile == "none":
             self.backward = StepGraphs(self.plain_backward, self.optimizer.shards, processes.mesh)
         self.sources = {
-            name: open_source(name, stream, unet, self.encoder, processes, config.seed)
-            for name, stream in config.streams.items()
+            name: open_source(name, stream, unet, self.encoder, processes, config.seed) for name, stream in used.items()
         }
-        streams = {name: as_opened(stream, self.sources[name]) for name, stream in config.streams.items()}
-        self.config = config = dataclasses.replace(config, streams=streams)
+        self.unused: dict[str, Any] = {}  # where streams stopped that have no share now
+        opened = {name: as_opened(stream, self.sources[name]) for name, stream in used.items()}
+        self.config = config = dataclasses.replace(config, streams=config.streams | opened)
         self.meter = Meter(config, processes, self.dtype)
         self.step = 0
 
         self.identity = {
             "stage": config.stage,
             "unet": dataclasses.asdict(dataclasses.replace(unet, backend=None)),
-            "streams": {name: type(source).__name__ for name, source in self.sources.items()},
+            "streams": {name: kind_of(stream).__name__ for name, stream in config.streams.items()},
             "encoders": None if trial else self.parts.fingerprint,
             "schedule": self.diffusion.schedule,
         }
@@ -119,8 +121,10 @@ class Trainer:
             check_architecture(last, self.identity)
             state = self.checkpoints.load(last)
             self.step = state["step"]
+            self.unused = {name: of for name, of in state["sources"].items() if name not in self.sources}
             for name, source in self.sources.items():
-                source.load_state_dict(state["sources"][name])
+                if name in state["sources"]:  # else it had no share so far
+                    source.load_state_dict(state["sources"][name])
         self.logs = Logs(config, processes, self.step)
 
     def check_outputs(self, unet: UNetConfig) -> None:
@@ -252,7 +256,7 @@ class Trainer:
 
     def save(self) -> None:
         before = time.perf_counter()
-        sources = {name: source.state_dict() for name, source in self.sources.items()}
+        sources = self.unused | {name: source.state_dict() for name, source in self.sources.items()}
         self.checkpoints.save(self.step, {"step": self.step, "sources": sources, **self.identity})
         self.meter.pause(time.perf_counter() - before)
 
@@ -281,7 +285,7 @@ def main(arguments: Sequence[str]) -> int:
     except (ValueError, OSError, RuntimeError, SafetensorError) as error:
         rank = f"rank {os.environ['RANK']}: " if "RANK" in os.environ else ""
         lost = "another rank has ended: " if lost_peer(error) else ""
-        print(f"{rank}{lost}{type(error).__name__}: {error}", file=sys.stderr, flush=True)
+        print(f"{rank}{lost}{type(error).__name__}: {one_line(error)}", file=sys.stderr, flush=True)
         return 1
     except KeyboardInterrupt:
         print("interrupted: the run goes on from its last checkpoint", file=sys.stderr, flush=True)

@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 from math import log
 from pathlib import Path
+from typing import Literal
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # the folder that holds univid/ and train/
 
@@ -28,7 +29,8 @@ from einops import rearrange
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
-from train.config import command, need, until_stopped
+from train.config import command, device_of, need, until_stopped
+from train.export import check_out
 from univid.data.clip import VOCABULARY, Clip, build_clip
 from univid.data.shapes import Shapes, held_out
 from univid.data.shapes_captions import KINDS
@@ -48,10 +50,11 @@ class Config:
     layers: tuple[int, ...] = (6, 4)  # of the image tower, and of the text tower
     workers: int = 8  # that write captions
     seed: int = 0
-    device: str = "auto"
+    device: Literal["auto", "cpu", "cuda"] = "auto"
 
     def __post_init__(self) -> None:
         need("steps", self.steps, self.steps >= 2, "a number >= 2")
+        need("lr", self.lr, self.lr > 0, "a number > 0")
         need("batch_size", self.batch_size, self.batch_size >= 2, "a number >= 2")
         need("layers", self.layers, len(self.layers) == 2, "two numbers, of the image and of the text tower")
 
@@ -170,7 +173,8 @@ def contrast(a: Tensor, b: Tensor, tokens: Tensor, scale: Tensor) -> tuple[Tenso
 
 
 def train(config: Config) -> Clip:
-    device = {"auto": "cuda" if torch.cuda.is_available() else "cpu"}.get(config.device, config.device)
+    device = device_of(config.device)
+    check_out(Path(config.out), "out")
     torch.manual_seed(config.seed)
     world, out = Shapes(), Path(config.out)
     clip = build(config, world, out / VOCABULARY)

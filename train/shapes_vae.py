@@ -13,7 +13,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # the folder that holds univid/ and train/
 
@@ -21,7 +21,8 @@ import torch
 from diffusers import AutoencoderKL
 from torch import Tensor
 
-from train.config import command, need, until_stopped
+from train.config import command, device_of, need, until_stopped
+from train.export import check_out
 from univid.data.autoencoder import Autoencoder
 from univid.data.shapes import Shapes, held_out
 
@@ -40,11 +41,15 @@ class Config:
     edges: float = 0.5  # weight of the L1 of differences between neighbouring pixels
     channels: tuple[int, ...] = (32, 64, 96)
     seed: int = 0
-    device: str = "auto"
+    device: Literal["auto", "cpu", "cuda"] = "auto"
 
     def __post_init__(self) -> None:
         need("steps", self.steps, self.steps >= 2, "a number >= 2")
+        need("lr", self.lr, self.lr > 0, "a number > 0")
         need("batch_size", self.batch_size, self.batch_size >= 1, "a number >= 1")
+        need("channels", self.channels, bool(self.channels) and min(self.channels) > 0, "numbers > 0, one a level")
+        is_one = not self.start or (Path(self.start) / "config.json").is_file()
+        need("start", self.start, is_one, "a folder that holds an autoencoder's config.json")
 
 
 def build(channels: Sequence[int]) -> Any:  # an AutoencoderKL: diffusers leaves its types open
@@ -102,11 +107,12 @@ def to_pixels(frames: Tensor) -> Tensor:
 
 
 def train(config: Config) -> Autoencoder:
-    device = {"auto": "cuda" if torch.cuda.is_available() else "cpu"}.get(config.device, config.device)
+    device = device_of(config.device)
+    check_out(Path(config.out), "out")
     torch.manual_seed(config.seed)
     torch.backends.cudnn.benchmark = True
     world = Shapes()
-    vae = AutoencoderKL.from_pretrained(config.start) if config.start else build(config.channels)
+    vae = AutoencoderKL.from_pretrained(config.start, local_files_only=True) if config.start else build(config.channels)
     vae = vae.to(device, torch.float32, memory_format=torch.channels_last).train()
     optimizer = torch.optim.AdamW(vae.parameters(), lr=config.lr, betas=(0.9, 0.99), weight_decay=0.0)
     schedule = torch.optim.lr_scheduler.OneCycleLR(
