@@ -206,7 +206,7 @@ def test_doctor(capsys):
         (["x", "-o", "text.png/clip.mp4"], "text.png does not exist"),
         (["x", "--device", "cuda"], "--device: got 'cuda'; PyTorch finds no GPU here"),
         (["x", "--device", "phone"], "--device: got 'phone'; cuda or cpu needed"),
-        (["x", "--device", "cpu:one"], "Invalid device string: 'cpu:one'"),
+        (["x", "--device", "cpu:one"], "--device: got 'cpu:one'; cuda or cpu needed"),
         (["x", "--num-frames", "0"], "num_frames: got 0"),
         (["x", "--text-weight", "0"], "both are absent"),
         (["x", "--text-weight", "1,2"], "text_weight: got 2 weights, 3 needed"),
@@ -347,6 +347,14 @@ def test_standard_output_that_is_full(model, tmp_path):
     assert ran.returncode == 0, ran.stderr
     assert ran.stderr.endswith("univid: warning: standard output: No space left on device; x.png: written\n")
     assert [path.name for path in tmp_path.iterdir()] == ["x.png"]
+
+
+def test_help_for_which_standard_output_has_no_characters(monkeypatch):
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(io.BytesIO(), "ascii"))
+    with pytest.raises(SystemExit):
+        main(["generate", "--help"])
+    sys.stdout.flush()
+    assert b"W,W,\\u2026" in sys.stdout.buffer.getvalue()
 
 
 def test_a_name_for_which_standard_output_has_no_characters(model, tmp_path, monkeypatch):

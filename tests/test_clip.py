@@ -111,6 +111,9 @@ def test_own_vocabulary(tmp_path):
     clip = build_clip(config, tmp_path / VOCABULARY)
     clip.save(tmp_path / "clip")
     again = load_clip(tmp_path / "clip")
+    (tmp_path / "clip").rename(tmp_path / "away")  # what was loaded does not need the folder any more
+    again.save(tmp_path / "again")
+    assert (tmp_path / "again" / VOCABULARY).read_bytes() == (tmp_path / VOCABULARY).read_bytes()
     assert again.tokenizer.vocab_size == clip.tokenizer.vocab_size == 512 + 199 + 2
     assert torch.equal(again.text(["a red circle"]), clip.text(["a red circle"]))
 
@@ -152,6 +155,8 @@ def test_errors(clip, tmp_path):
         ([], {}, r"model_cfg: got \[\], needs an object"),
         (CONFIG | {"text_cfg": 3}, {}, "text_cfg: got 3, needs an object"),
         (CONFIG, {"preprocess_cfg": {"mean": [0.5, 0.5, 0.5]}}, r"preprocess_cfg\.mean: got \[0\.5"),
+        (CONFIG, {"preprocess_cfg": {"std": 3}}, r"preprocess_cfg\.std: got 3, needs \[0\.2"),
+        (CONFIG, {"preprocess_cfg": [1]}, r"preprocess_cfg: got \[1\], needs an object$"),
     ]:
         (tmp_path / "clip" / "open_clip_config.json").write_text(json.dumps({"model_cfg": config} | more))
         with pytest.raises(ValueError, match=error):

@@ -1,6 +1,7 @@
 """The generator, end to end on the CPU with small random parts."""
 
 import re
+import sys
 from contextlib import nullcontext
 from operator import attrgetter
 from types import SimpleNamespace
@@ -211,6 +212,12 @@ def test_progress(pipe, capsys, shown):
     assert ("Sampling: 100%" in capsys.readouterr().err) == shown
 
 
+def test_without_standard_error_there_is_no_progress(pipe, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(sys, "stderr", None)  # as of a service, or closed
+        pipe("a cat")
+
+
 def test_a_picture_from_a_file_or_from_pillow(pipe, tmp_path):
     """Turned, and over white where it is transparent, either way."""
     exif = Image.Exif()
@@ -344,6 +351,15 @@ def test_schedules_that_a_scheduler_cannot_sample_by(pipe, monkeypatch, schedule
     monkeypatch.setattr(pipe.unet, "forward", lambda *_, **__: pytest.fail("it was sampled"))
     with pytest.raises(ValueError, match=f"^{error}"):
         frames(pipe, "a cat", scheduler=scheduler)
+
+
+def test_a_value_that_diffusers_does_not_know_is_named_with_its_scheduler(pipe, monkeypatch):
+    monkeypatch.setattr(pipe, "scheduler", pipe.scheduler | {"timestep_spacing": "foo"})
+    with pytest.raises(ValueError, match=r"^scheduler: dpm\+\+: foo is not supported[^\n]*$"):
+        frames(pipe, "a cat", scheduler="dpm++")
+    monkeypatch.setattr(pipe, "scheduler", pipe.scheduler | {"algorithm_type": "foo"})
+    with pytest.raises(ValueError, match=r"^scheduler: dpm\+\+: [^\n]*foo[^\n]*$"):
+        frames(pipe, "a cat", scheduler="dpm++")
 
 
 @pytest.mark.parametrize("device", ["phone", "meta:x", torch.float16, None])

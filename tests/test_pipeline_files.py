@@ -170,16 +170,25 @@ def test_saving_replaces_all_or_nothing(pipe, tmp_path, monkeypatch):
             other.save_pretrained(folder)
     assert read() == before
     rename = Path.rename
+    # The old folder goes away, the new one comes: an interrupt before each, and after the first.
+    for number, is_done in ((1, False), (1, True), (2, False)):
+        steps = []
 
-    def fail(self, target):  # the last step
-        return interrupt() if self.name == target.name == "model" else rename(self, target)
+        def fail(self, target, *, number=number, is_done=is_done, steps=steps):
+            if not self.name == target.name == "model":
+                return rename(self, target)
+            steps.append(self)
+            if len(steps) != number or is_done:
+                rename(self, target)
+            return interrupt() if len(steps) == number else target
 
-    with monkeypatch.context() as patch:
-        patch.setattr(Path, "rename", fail)
-        with pytest.raises(KeyboardInterrupt):
-            other.save_pretrained(folder)
-    assert read() == before
-    assert list(tmp_path.iterdir()) == [folder]
+        with monkeypatch.context() as patch:
+            patch.setattr(Path, "rename", fail)
+            with pytest.raises(KeyboardInterrupt):
+                other.save_pretrained(folder)
+        assert len(steps) >= number
+        assert read() == before
+        assert list(tmp_path.iterdir()) == [folder]
     other.save_pretrained(folder)
     after = read()
     assert after.keys() == before.keys()

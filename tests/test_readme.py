@@ -168,6 +168,15 @@ def test_doctor_finds_what_is_wrong(monkeypatch, capsys):
     assert "1 of 2 operators failed" in printed
 
 
+def test_doctor_leaves_the_process_as_it_was(monkeypatch, capsys):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.delenv("UNIVID_AUTOTUNE", raising=False)
+    torch.set_num_threads(2)
+    assert doctor.main() == 0
+    assert torch.get_num_threads() == 2 and "UNIVID_AUTOTUNE" not in os.environ
+    torch.set_num_threads(1)
+
+
 def test_doctor_names_what_cannot_run(monkeypatch, capsys):
     monkeypatch.setenv("UNIVID_BACKEND", "cuda")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)

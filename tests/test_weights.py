@@ -1,6 +1,7 @@
 """Weights on disk: Stable Diffusion's files, ours, and what is wrong with some."""
 
 import json
+import re
 import shutil
 
 import pytest
@@ -9,7 +10,7 @@ from diffusers import DDIMScheduler, UNet2DConditionModel
 from diffusers.loaders.single_file_utils import convert_ldm_unet_checkpoint
 from safetensors.torch import load_file, save_file
 
-from univid.model import UNet, UNetConfig, load_sd21
+from univid.model import ImageAdapter, UNet, UNetConfig, load_sd21
 from univid.model import weights as weights_module
 from univid.model.weights import CONFIG, NEW, TEMPORAL, WEIGHTS
 
@@ -258,14 +259,41 @@ def test_wrong_keys(folder, change, error):
         ({"timestep_post_act": "silu"}, "timestep_post_act: got 'silu', needs None"),
         ({"time_embedding_act_fn": "silu"}, "time_embedding_act_fn: got 'silu', needs None"),
         ({"down_block_types": ["DownBlock2D"] * 3}, "down_block_types, up_block_types"),
-        ({"norm_num_groups": 24}, "norm_groups: got 24, needs a divisor of 32"),
+        ({"norm_num_groups": 24}, "norm_num_groups: got 24, needs a divisor of 32"),
+        ({"attention_head_dim": 0}, "attention_head_dim: got 0, needs numbers >= 1$"),
+        ({"attention_head_dim": [2, 0, 2]}, r"attention_head_dim: got \[2, 0, 2\], needs numbers >= 1$"),
+        ({"attention_head_dim": [2]}, r"attention_head_dim: got \[2\], needs a list of int, one for each of 3 levels$"),
+        ({"attention_head_dim": None}, "attention_head_dim: got None, needs a list of int, one for each of 3 levels$"),
+        ({"num_attention_heads": "x"}, "num_attention_heads: got 'x', needs a list of int, one for each of 3 levels$"),
+        ({"block_out_channels": []}, r"block_out_channels: got \[\], needs a list of int$"),
+        ({"down_block_types": None}, "down_block_types: got None, needs a list of str, one for each of 3 levels$"),
+        ({"layers_per_block": [1, 2]}, r"layers_per_block: got \[1, 2\], needs int$"),
+        ({"cross_attention_dim": [1, 2]}, r"cross_attention_dim: got \[1, 2\], needs int$"),
     ],
 )
 def test_wrong_config(folder, change, error):
     config = json.loads((folder / CONFIG).read_text())
     (folder / CONFIG).write_text(json.dumps(config | change))
-    with pytest.raises(ValueError, match=error):
+    with pytest.raises(ValueError, match=rf"^{re.escape(str(folder / CONFIG))}: {error}"):
         load_sd21(folder)
+
+
+def test_a_wrong_value_of_our_own_is_named_with_its_file(unet, tmp_path):
+    unet.save_pretrained(tmp_path)
+    config = json.loads((tmp_path / CONFIG).read_text())
+    config["univid"]["max_frames"] = "16"
+    (tmp_path / CONFIG).write_text(json.dumps(config))
+    with pytest.raises(
+        ValueError, match=rf"^{re.escape(str(tmp_path / CONFIG))}: univid: max_frames: got '16', needs int$"
+    ):
+        UNet.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("dtype", ["float16", torch.int8, torch.float8_e4m3fn])
+@pytest.mark.parametrize("load", [load_sd21, UNet.from_pretrained, ImageAdapter.from_pretrained])
+def test_a_dtype_that_no_model_computes_in_is_refused_before_anything_is_read(load, dtype):
+    with pytest.raises(TypeError, match=rf"^torch_dtype: got {dtype!r}; torch\.float32, .* needed$"):
+        load("nowhere", torch_dtype=dtype)
 
 
 def test_wrong_files(folder, unet, tmp_path_factory):

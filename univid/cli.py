@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import io
 import math
 import os
 import sys
@@ -25,6 +26,8 @@ _EXAMPLES = """\
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command; 0 if it did what it says, 2 where it cannot, as for bad input, 130 if it was interrupted."""
+    if isinstance(sys.stdout, io.TextIOWrapper):  # escapes for what it has no characters for
+        sys.stdout.reconfigure(errors="backslashreplace")
     options = _parser().parse_args(arguments)
     # Before PyTorch is there, whose waiting threads spin: with one of two cores taken by others, a clip took 98 s spinning and 18 s
     # asleep (2026-11-29).
@@ -57,19 +60,11 @@ def _complain(text: str) -> None:
 def _tell(text: str, written: str) -> None:
     """Print what there is to say of files; where it cannot be printed, as into a closed pipe, they are written all the same."""
     try:
-        print(_printable(text), flush=True)
+        print(text, flush=True)
     except OSError as error:
         _complain(f"warning: standard output: {error.strerror}; {written}: written")
         with open(os.devnull, "w") as nowhere:
             os.dup2(nowhere.fileno(), sys.stdout.fileno())  # for what Python does when it ends
-
-
-def _printable(text: str) -> str:
-    """With escapes for what standard output has no characters for."""
-    if sys.stdout is None:  # closed; what is printed goes nowhere
-        return text
-    encoding = sys.stdout.encoding or "utf-8"
-    return text.encode(encoding, "backslashreplace").decode(encoding)
 
 
 def generate(options: argparse.Namespace) -> int:
@@ -146,7 +141,7 @@ def doctor(options: argparse.Namespace) -> int:
 def info(options: argparse.Namespace) -> int:
     from univid.checkpoint import describe, find
 
-    print(_printable(describe(find(options.checkpoint, "checkpoint"))))
+    print(describe(find(options.checkpoint, "checkpoint")))
     return 0
 
 
@@ -189,7 +184,10 @@ def _device(given: str | None) -> str:
         raise ValueError(f"--device: got {device!r}; cuda or cpu needed")
     if kind != "cpu" and not torch.cuda.is_available():
         raise ValueError(f"--device: got {device!r}; PyTorch finds no GPU here")
-    return device if kind == "cuda" else torch.device(device).type
+    try:
+        return device if kind == "cuda" else torch.device(device).type
+    except RuntimeError:
+        raise ValueError(f"--device: got {device!r}; cuda or cpu needed") from None
 
 
 def _sweep(options: argparse.Namespace) -> list[tuple[float, float]]:

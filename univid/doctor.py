@@ -57,8 +57,18 @@ class Result(NamedTuple):
 
 
 def main() -> int:
+    threads, autotune = torch.get_num_threads(), os.environ.get("UNIVID_AUTOTUNE")
     os.environ.setdefault("UNIVID_AUTOTUNE", "0")  # no benchmark: kernels run as they are configured by default
     torch.set_num_threads(1)  # the tensors are small: on a busy CPU, threads mostly wait for each other
+    try:
+        return _examine()
+    finally:  # as it was, for what comes next in this process
+        torch.set_num_threads(threads)
+        if autotune is None:
+            del os.environ["UNIVID_AUTOTUNE"]
+
+
+def _examine() -> int:
     started = time.perf_counter()
     device, dtype = _machine()
     _print_machine(device)

@@ -6,6 +6,7 @@ import json
 import math
 import os
 import shutil
+import sys
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -37,6 +38,7 @@ from univid.graphs import Graphed, Pace, graph_key
 from univid.guidance import Pass, Weight, absent, by_level, guide, passes, scalar
 from univid.model import ImageAdapter, UNet, load_sd21
 from univid.model.config import typed
+from univid.model.weights import check_dtype
 from univid.schedulers import SCHEDULERS, chosen, read_schedule, sampler_of, write_schedule
 
 SETTINGS = "generation.json"
@@ -109,7 +111,7 @@ class UniVidPipeline:
         Raises:
             FileNotFoundError, ValueError: a part that is missing, or does not fit its configuration or the other parts.
         """
-        _check_dtype(torch_dtype)
+        check_dtype(torch_dtype)
         path = find(path, "path")
         return cls(
             UNet.from_pretrained(path / "unet", torch_dtype=torch_dtype),
@@ -129,7 +131,7 @@ class UniVidPipeline:
         Args:
             sd_path: a diffusers pipeline's folder, with unet/, vae/ and scheduler/. clip_path: what :func:`load_clip` takes.
         """
-        _check_dtype(torch_dtype)
+        check_dtype(torch_dtype)
         sd_path = Path(sd_path)
         clip = load_clip(clip_path, torch_dtype)
         unet = load_sd21(sd_path, torch_dtype=torch_dtype, image_dim=clip.image_dim)
@@ -297,7 +299,7 @@ class UniVidPipeline:
             tokens = self._tokens(pictures, videos) if with_image else None
         times = sampler.timesteps.to(self.device, torch.float32)  # whichever the scheduler: one graph serves all
         latents = self._noise(drawn, s).to(self.device) * sampler.init_noise_sigma
-        bar = tqdm(sampler.timesteps, "Sampling", disable=not progress, unit="step")
+        bar = tqdm(sampler.timesteps, "Sampling", disable=not progress or sys.stderr is None, unit="step")
         pace = Pace(self.device)
         batches = [[one] for one in plan] if self.low_memory else [plan]
         given = [self._given(batch, text, tokens, weights, s) for batch in batches]
@@ -452,11 +454,6 @@ def _predict(unet: UNet, x: Tensor, t: Tensor, batches: Sequence[Given]) -> list
         repeated = x.repeat(count, 1, 1, 1, 1)
         predictions += unet(repeated, t.expand(len(repeated)), *keys, **options).chunk(count)
     return predictions
-
-
-def _check_dtype(torch_dtype: Any) -> None:
-    if not isinstance(torch_dtype, torch.dtype) or not torch_dtype.is_floating_point:
-        raise TypeError(f"torch_dtype: got {torch_dtype!r}; torch.float32, torch.bfloat16 or torch.float16 needed")
 
 
 def _link(source: str, target: str) -> None:

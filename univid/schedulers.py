@@ -21,11 +21,14 @@ def sampler_of(name: str, config: dict[str, Any], steps: int) -> Any:
     Raises:
         ValueError: the schedule has no so many different steps, or is one that the scheduler cannot sample by.
     """
-    sampler = SCHEDULERS[name].from_config(config)
+    try:
+        sampler = SCHEDULERS[name].from_config(config)
+        sampler.set_timesteps(steps)
+    except Exception as error:  # diffusers checks some of the values late, and no others
+        raise ValueError(f"scheduler: {name}: {reason(error)}") from None
     if name == "dpm++" and sampler.config.algorithm_type.startswith("sde"):  # its noise would be of no seed
         got = sampler.config.algorithm_type
         raise ValueError(f"scheduler: algorithm_type: got {got!r}; one that draws no noise needed, as dpmsolver++")
-    sampler.set_timesteps(steps)
     times, most = sampler.timesteps, sampler.config.num_train_timesteps - 1
     levels = getattr(sampler, "sigmas", times)[:steps]
     # Rounded and shifted, they may be too many, beyond the ends, or twice the same.

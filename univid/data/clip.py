@@ -40,12 +40,12 @@ class Clip(nn.Module):
 
     Args:
         model: an open_clip model. tokenizer: its tokenizer. config: open_clip's ``model_cfg``, from which it was built.
-        vocabulary: the file of the tokenizer's merges, if it is not open_clip's.
+        vocabulary: the tokenizer's merges as a file has them, if they are not open_clip's.
     """
 
     model: Any  # open_clip's own kinds, of which PyTorch's type stubs know nothing
 
-    def __init__(self, model: nn.Module, tokenizer: Any, config: dict, vocabulary: Path | None = None):
+    def __init__(self, model: nn.Module, tokenizer: Any, config: dict, vocabulary: bytes | None = None):
         super().__init__()
         self.model = model.eval().requires_grad_(False)
         self.tokenizer = tokenizer
@@ -119,7 +119,7 @@ class Clip(nn.Module):
         tensors = {name: x.contiguous() for name, x in self.model.state_dict().items() if name not in UNREAD}
         save_file(tensors, folder / WEIGHTS)
         if self.vocabulary is not None:
-            (folder / VOCABULARY).write_bytes(self.vocabulary.read_bytes())
+            (folder / VOCABULARY).write_bytes(self.vocabulary)
 
     def _warn_if_cut(self, name: str, prompt: str) -> None:
         tokens = self.tokenizer.encode(prompt)
@@ -180,7 +180,8 @@ def build_clip(config: dict, vocabulary: Path | None = None) -> Clip:
         raise ValueError(f"clip: its configuration is not that of an open_clip model: {reason(error)}") from None
     model.visual.image_mean = getattr(model.visual, "image_mean", None) or open_clip.OPENAI_DATASET_MEAN
     model.visual.image_std = getattr(model.visual, "image_std", None) or open_clip.OPENAI_DATASET_STD
-    return Clip(model, _tokenizer(config["text_cfg"], vocabulary), config, vocabulary)
+    merges = None if vocabulary is None else vocabulary.read_bytes()
+    return Clip(model, _tokenizer(config["text_cfg"], vocabulary), config, merges)
 
 
 def _tokenizer(text: dict, vocabulary: Path | None) -> open_clip.SimpleTokenizer:
@@ -227,6 +228,8 @@ def _check_config(config: Any) -> None:
 def _check_preprocessing(path: Path) -> None:
     """See that pictures are normalized as :meth:`Clip.image` does it."""
     given = read_json(path).get("preprocess_cfg") or {}
+    if not isinstance(given, dict):
+        raise ValueError(f"clip: {path}: preprocess_cfg: got {given!r}, needs an object")
     for name, built_in in (("mean", open_clip.OPENAI_DATASET_MEAN), ("std", open_clip.OPENAI_DATASET_STD)):
-        if list(given.get(name, built_in)) != list(built_in):
-            raise ValueError(f"clip: {path}: preprocess_cfg.{name}: got {given[name]}, needs {list(built_in)}")
+        if given.get(name) not in (None, list(built_in)):
+            raise ValueError(f"clip: {path}: preprocess_cfg.{name}: got {given[name]!r}, needs {list(built_in)}")

@@ -245,6 +245,7 @@ def beside(path: Path, write: Callable[[Path], object]) -> None:
     folder = _around(real)
     room = _room(folder, real.name)
     partial = room / real.name
+    old = None
     try:
         try:
             write(partial)
@@ -261,15 +262,16 @@ def beside(path: Path, write: Callable[[Path], object]) -> None:
             partial.replace(real)
             return
         old = _room(room, real.name) / real.name  # a folder that is not empty cannot be replaced at once
-        real.rename(old)
         try:
+            real.rename(old)
             partial.rename(real)
-        except BaseException:
+        except BaseException:  # a signal's too, which comes as soon as a rename is done
             if not real.exists():
                 old.rename(real)
             raise
     finally:
-        shutil.rmtree(room, ignore_errors=True)
+        if old is None or real.exists():  # else it is all that there is
+            shutil.rmtree(room, ignore_errors=True)
 
 
 def _fill(folder: Path, partial: Path) -> None:

@@ -151,12 +151,16 @@ class UNetConfig:
         if not config.get("use_linear_projection"):
             raise ValueError(f"{source}: use_linear_projection: got false, needs true (Stable Diffusion 2's U-Net)")
         if "univid" in config:
-            return cls.of(object_in(config, "univid", source) | choices, f"{source}: univid")
+            return cls._of_file(object_in(config, "univid", source), choices, f"{source}: univid", {})
+        heads_name = "num_attention_heads" if config.get("num_attention_heads") else "attention_head_dim"
         try:
-            channels = tuple(config["block_out_channels"])
-            heads = config.get("num_attention_heads") or config["attention_head_dim"]
-            down = config["down_block_types"]
-            up = config["up_block_types"]
+            channels = tuple(_list_in(config, "block_out_channels", int, source))
+            levels = len(channels)
+            down = _list_in(config, "down_block_types", str, source, levels)
+            up = _list_in(config, "up_block_types", str, source, levels)
+            heads = config[heads_name]
+            one = isinstance(heads, int)
+            counts = [heads] * levels if one else _list_in(config, heads_name, int, source, levels)
             same = {
                 "in_channels": config["in_channels"],
                 "out_channels": config["out_channels"],
@@ -174,11 +178,12 @@ class UNetConfig:
         kinds = {"CrossAttnDownBlock2D", "DownBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"}
         if mirrored != attention or not kinds.issuperset((*down, *up)):
             raise ValueError(f"{source}: down_block_types, up_block_types: got {down}, {up}, needs one U of {kinds}")
-        counts = heads if isinstance(heads, Sequence) else [heads] * len(channels)
+        if min(counts) < 1:
+            raise ValueError(f"{source}: {heads_name}: got {heads!r}, needs numbers >= 1")
         dims = {c / n for c, n, a in zip(channels, counts, (*attention[:-1], True), strict=True) if a}
         if len(dims) != 1 or not min(dims).is_integer():
             raise ValueError(
-                f"{source}: attention_head_dim: got {counts} heads at {channels} channels, needs one head dimension"
+                f"{source}: {heads_name}: got {counts} heads at {channels} channels, needs one head dimension"
             )
         # The kernels grow towards the middle: 3, 5, 7, 9.
         kernels = tuple(3 + 2 * level for level in range(len(channels)))
@@ -188,8 +193,27 @@ class UNetConfig:
             "head_dim": int(min(dims)),
             "pstc_kernels": kernels,
         }
-        return cls.of(found | choices, source)
+        return cls._of_file(found, choices, source, _FILE_NAMES)
 
+    @classmethod
+    def _of_file(cls, found: dict[str, Any], choices: dict[str, Any], source: str, names: dict[str, str]) -> UNetConfig:
+        """Of values in a file, which are at fault unless they are choices; ``names``: what it calls our fields."""
+        try:
+            return cls.of(found | choices, source)
+        except (TypeError, ValueError) as error:
+            name, _, rest = str(error).partition(":")
+            if name in choices or name == source:
+                raise
+            raise ValueError(f"{source}: {names.get(name, name)}:{rest}") from None
+
+
+# Our fields that diffusers calls by other names.
+_FILE_NAMES = {
+    "channels": "block_out_channels",
+    "blocks_per_level": "layers_per_block",
+    "context_dim": "cross_attention_dim",
+    "norm_groups": "norm_num_groups",
+}
 
 # What SD 2 leaves at diffusers' defaults and this U-Net builds in. A key that is missing has the default.
 _SD21 = {
@@ -216,6 +240,20 @@ _SD21 = {
     "timestep_post_act": None,
     "transformer_layers_per_block": 1,
 }
+
+
+def _list_in(config: dict[str, Any], key: str, kind: type, source: str, length: int = 0) -> Sequence[Any]:
+    """A list in a file, of ``length`` if that is not 0."""
+    value = config[key]
+    if (
+        not isinstance(value, list | tuple)
+        or not value
+        or any(type(entry) is not kind for entry in value)
+        or len(value) != (length or len(value))
+    ):
+        each = f", one for each of {length} levels" if length else ""
+        raise ValueError(f"{source}: {key}: got {value!r}, needs a list of {kind.__name__}{each}")
+    return value
 
 
 def typed(name: str, value: Any, default: Any) -> Any:

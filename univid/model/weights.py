@@ -65,11 +65,19 @@ class Pretrained(nn.Module):
         Raises:
             FileNotFoundError, ValueError: no such folder or file, a truncated one, or a wrong key or shape in it.
         """
+        if torch_dtype is not None:
+            check_dtype(torch_dtype)
         folder = Path(path)
         config = read_json(folder / CONFIG)
         with torch.device("meta"):
             module = cls.from_config(config, str(folder / CONFIG), **choices)
         return load(module, read_safetensors(find_weights(folder)), str(folder), torch_dtype)
+
+
+def check_dtype(torch_dtype: Any) -> None:
+    """Raises TypeError where that is no dtype that a model computes in."""
+    if torch_dtype not in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
+        raise TypeError(f"torch_dtype: got {torch_dtype!r}; torch.float32, torch.bfloat16 or torch.float16 needed")
 
 
 def load_sd21(path: str | Path, torch_dtype: torch.dtype | None = None, **choices: Any) -> Any:
@@ -94,6 +102,8 @@ def load_sd21(path: str | Path, torch_dtype: torch.dtype | None = None, **choice
     """
     from univid.model.unet import UNet  # it stands on this file
 
+    if torch_dtype is not None:
+        check_dtype(torch_dtype)
     path = Path(path)
     if path.is_dir():
         folder = path / "unet" if (path / "unet" / CONFIG).is_file() else path
