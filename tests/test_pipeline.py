@@ -88,10 +88,15 @@ def test_weights_by_frame_and_level(pipe):
     assert np.array_equal(outer, frames(pipe, "a cat", RED, image_weight={1: 0.5, 2: 1.0}))
 
 
-def test_guidance_is_the_formula(pipe):
+@pytest.mark.parametrize(
+    ("text_weight", "image_weight", "rescale"),
+    [(1.0, 1.0, 0.0), (1.0, 1.0, 0.7), ([0.0, 1.0, 3.0], [2.0, 0.5, 0.0], 0.0)],
+)
+def test_guidance_is_the_formula(pipe, text_weight, image_weight, rescale):
     """A step with all passes at once, against the formula on one U-Net evaluation each."""
     steps = []
     given = {"negative_prompt": "bad", "steps": 1, "guidance_scale": 4.5, "image_guidance_scale": 2.5}
+    given |= {"text_weight": text_weight, "image_weight": image_weight, "guidance_rescale": rescale}
     pipe("a cat", RED, **given, progress=False, callback=lambda *s: steps.append(s))
     text = pipe.clip.text(["a cat", "bad"])
     image = pipe.adapter(pipe.clip.image(torch.from_numpy(RED).permute(2, 0, 1)[None] / 255))
@@ -100,10 +105,11 @@ def test_guidance_is_the_formula(pipe):
     x = torch.randn(1, 3, 4, 8, 16, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         e = lambda text, weight: pipe.unet(  # noqa: E731
-            x, scheduler.timesteps, text, image, image_weight=weight, fps=4
+            x, scheduler.timesteps, text, image, text_weight=text_weight, image_weight=weight, fps=4
         )
-        none, shown, both = e(text[1:], 0), e(text[1:], 1.0), e(text[:1], 1.0)
+        none, shown, both = e(text[1:], 0), e(text[1:], image_weight), e(text[:1], image_weight)
         guided = none + 2.5 * (shown - none) + 4.5 * (both - shown)
+        guided *= 1 - rescale + rescale * both.std() / guided.std()
         expected = scheduler.step(guided, scheduler.timesteps[0], x).prev_sample
     step, total, latents = steps[0]
     assert (step, total) == (1, 1)
@@ -167,11 +173,15 @@ def test_same_seed_same_video_whatever_the_default_dtype(pipe):
         torch.set_default_dtype(torch.float32)
 
 
-def test_lists(pipe):
-    videos = frames(pipe, ["a cat", "a dog"], [RED, 255 - RED], num_videos=2)
+@pytest.mark.parametrize("weight", [1.0, [0.5, 1.0, 3.0]])
+def test_lists(pipe, weight):
+    """Every video is the one made alone."""
+    given = {"image_weight": weight, "image_guidance_scale": 2.5}  # by which no two passes count the same
+    videos = frames(pipe, ["a cat", "a dog"], [RED, 255 - RED], num_videos=2, **given)
     assert len(videos) == 4
-    alone = frames(pipe, "a dog", 255 - RED, seed=2)[0]
-    assert np.abs(videos[2].astype(int) - alone).max() <= 1
+    for i, video in enumerate(videos.astype(int)):
+        alone = frames(pipe, *[("a cat", RED), ("a dog", 255 - RED)][i // 2], seed=i, **given)[0]
+        assert np.abs(video - alone).max() <= 1
 
 
 @pytest.mark.parametrize("scheduler", ["ddim", "dpm++", "euler"])

@@ -34,10 +34,11 @@ def pipe() -> UniVidPipeline:
 
 
 def test_save(pipe, tmp_path):
-    videos = pipe("a cat", num_videos=2, progress=False)
+    videos = pipe("a cat", fps=12, num_videos=2, progress=False)
+    assert videos.fps == 12
     assert [path.name for path in videos.save(tmp_path / "cat.mp4")] == ["cat-0.mp4", "cat-1.mp4"]
     read, fps = read_video(tmp_path / "cat-1.mp4")
-    assert (read.shape, fps) == ((3, 16, 32, 3), 4)
+    assert (read.shape, fps) == ((3, 16, 32, 3), 12)
 
 
 def test_save_and_load(pipe, tmp_path):
