@@ -282,6 +282,24 @@ def test_source_or_output_of_the_wrong_kind(shards, model, tmp_path, capsys):  #
     assert "000000.tar is something else than a shard of this command" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("name", ["000001.tar", "9.tar", "list.jsonl"])
+def test_what_lies_in_the_output_and_is_not_of_these_clips(shards, model, tmp_path, capsys, name):  # noqa: F811
+    """It would be trained on: a shard of clips that have left the source since, another's, a table. Notes would not be."""
+    output = tmp_path / "cache"
+    assert run(shards, output, model) == 0
+    (output / "000001.tar").rename(output / name)
+    (output / "000000.tar").unlink()
+    (output / "notes.txt").write_text("mine")
+    (shards / "001.tar").unlink()
+    capsys.readouterr()
+    assert run(shards, output, model) == 2
+    error = f"univid: output: {output} holds {name}, which is not of these clips; another folder needed"
+    assert error in capsys.readouterr().err.splitlines()
+    assert sorted(path.name for path in output.iterdir()) == [name, "notes.txt"]
+    (output / name).unlink()
+    assert run(shards, output, model) == 0
+
+
 def test_full_disk(shards, model, tmp_path, capsys):  # noqa: F811
     """A file may not grow past a limit, as on a disk that is full: the shard before stays, and nothing half-written."""
     output = tmp_path / "cache"

@@ -26,7 +26,7 @@ from univid.data.batch import Batch, Sample, collate
 from univid.data.cache import Cached, fingerprint
 from univid.data.clip import Clip, load_clip
 from univid.data.dataset import Clips, DataConfig, open_dataset
-from univid.data.folder import Folder
+from univid.data.folder import TABLES, Folder
 from univid.data.locks import alone
 from univid.data.shards import HEADER, Shards
 from univid.data.tensors import read_json
@@ -101,6 +101,7 @@ def encode(
         raise FileExistsError(f"output: {output} is not a folder")
     with alone("output", output):
         shards = [range(first, min(first + shard_size, len(dataset))) for first in range(0, len(dataset), shard_size)]
+        _refuse_others(output, {_name(number) for number in range(len(shards))})
         headers = [_header(dataset, clips, config, made_with) for clips in shards]
         todo = [number for number in range(len(shards)) if not _finished(output / _name(number), headers[number])]
         jobs = [job for number in todo for job in _jobs(dataset, number, shards[number], batch_size)]
@@ -229,6 +230,15 @@ class _Writer:
 
 def _name(number: int) -> str:
     return f"{number:06}.tar"
+
+
+def _refuse_others(output: Path, names: set[str]) -> None:
+    """A shard that this call does not write, as of clips that have left the source, would be trained on with those that it does."""
+    for path in sorted(output.iterdir()):
+        if path.suffix in (".tar", *TABLES) and path.name not in names:
+            raise FileExistsError(
+                f"output: {output} holds {path.name}, which is not of these clips; another folder needed"
+            )
 
 
 def _header(dataset: Clips, clips: range, config: DataConfig, made_with: dict[str, str]) -> dict[str, Any]:
