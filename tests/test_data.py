@@ -293,6 +293,31 @@ def test_a_folder_of_shards_says_that_its_table_is_not_read(shards, caplog):
     assert f"data: {shards} holds shards, which are read, and list.csv, which is not" in caplog.text
 
 
+@pytest.mark.parametrize("kind", ["shard", "table"])
+def test_names_that_are_not_utf8(tmp_path, mp4, kind, caplog):
+    """They are read, and shown with escapes: in Latin-1 what old machines pack, a half of a pair what JSON lets pass."""
+    names = ["caf\udce9", "a"]
+    if kind == "shard":
+        members = {f"{name}.mp4": mp4(0) for name in names} | {f"{name}.txt": "x" for name in names}
+        shard(tmp_path / "0.tar", members | {"\udce9.b.mp4": mp4(0)})
+    else:
+        names.append("\ud800")  # which no file can have
+        rows = [{"path": f"{name}.mp4", "caption": "x"} for name in names]
+        (tmp_path / "list.jsonl").write_text("\n".join(map(json.dumps, rows)))
+        for name in names[:2]:
+            (tmp_path / f"{name}.mp4").write_bytes(mp4(0))
+    for _ in range(2):  # without and with an index
+        data = opened(tmp_path)
+        keys = [data[i].key.removesuffix(".mp4") for i in range(2)]
+        assert keys == [r"caf\udce9", "a"]
+        assert len(Loader(data, 2, workers=0).next().keys) == 2
+    if kind == "shard":
+        assert caplog.messages[-1].endswith(r"one is " + f"{tmp_path}/0.tar/" + r"\udce9.b.mp4")
+    else:
+        with pytest.raises(ValueError, match=r"^.*/\\ud800\.mp4: does not exist$"):
+            data[2]
+
+
 def test_what_says_what_a_cache_is_of_but_is_not_json(tmp_path, mp4):
     shard(tmp_path / "0.tar", {"univid.json": "nonsense", "a.mp4": mp4(0), "a.txt": "x"})
     for _ in range(2):  # without and with an index
@@ -335,6 +360,24 @@ def test_a_video_cut_inside_its_header_is_called_cut(tmp_path, mp4):
     shard(tmp_path / "0.tar", {"a.mp4": mp4(0)[:400], "a.txt": "x"})
     with pytest.raises(ValueError, match=r"0\.tar/a: is not a video that can be read: it is cut off in its header$"):
         opened(tmp_path)[0]
+
+
+@pytest.mark.parametrize("kind", ["mp4", "mkv"])
+def test_a_title_in_another_encoding_is_not_in_the_way(tmp_path, kind):
+    path = tmp_path / f"a.{kind}"
+    with av.open(path, "w") as container:
+        container.metadata["title"] = "Caf_"
+        stream = container.add_stream("libx264", rate=8)
+        stream.height, stream.width, stream.pix_fmt = 32, 48, "yuv420p"
+        for _ in range(8):
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(np.zeros((32, 48, 3), np.uint8), format="rgb24")))
+        container.mux(stream.encode(None))
+    assert path.read_bytes().count(b"Caf_") == 1
+    path.write_bytes(path.read_bytes().replace(b"Caf_", "Café".encode("latin-1")))
+    (tmp_path / "list.csv").write_text(f"path,caption\n{path.name},x\n")
+    assert opened(tmp_path)[0].frames.shape == (3, 32, 48, 3)
+    assert opened(tmp_path, sizes=((48, 32), (32, 48))).buckets.tolist() == [1]
+    assert len(read_video(path)[0]) == 8
 
 
 def test_captions(tmp_path, mp4, caplog):

@@ -90,7 +90,10 @@ def _open(media: Media) -> Iterator[tuple[av.container.InputContainer, av.VideoS
     if isinstance(media, Path) and not media.is_file():
         raise FileNotFoundError("does not exist")
     try:
-        with av.open(str(media) if isinstance(media, Path) else io.BytesIO(media), "r") as container:
+        source = str(media) if isinstance(media, Path) else io.BytesIO(media)
+        with av.open(
+            source, "r", metadata_errors="replace"
+        ) as container:  # titles, which nobody reads, are in any encoding
             stream = container.streams.video[0]
             stream.thread_type = "NONE"  # there is a worker process for every core already
             yield container, stream

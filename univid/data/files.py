@@ -128,7 +128,7 @@ def write_frames(frames: Frames, path: str | Path, fps: float = 8) -> Path:
 def read_video(path: str | Path) -> tuple[Frames, float]:
     """All frames of a video file, RGB, and its frames per second."""
     try:
-        with av.open(str(path)) as container:
+        with av.open(str(path), metadata_errors="replace") as container:
             stream = container.streams.video[0]
             rate = float(stream.average_rate or stream.guessed_rate or 0)
             frames = [_to_rgb(frame) for frame in container.decode(stream)]

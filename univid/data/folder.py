@@ -35,14 +35,15 @@ class Folder:
         numbers = [numbers_of(row) for row in rows]
         names = sorted({name for row in numbers for name in row})
         self.listing = Listing(
-            np.array([path.encode() for path in self.paths.tolist()], dtype=np.bytes_),
+            # JSON may have half of a surrogate pair, which is no UTF-8.
+            np.array([path.encode(errors="backslashreplace") for path in self.paths.tolist()], dtype=np.bytes_),
             np.array([path.rpartition(".")[2].lower() in PICTURES for path in self.paths.tolist()]),
             self.captions != "",
             {name: np.array([row.get(name, np.nan) for row in numbers]) for name in names},
         )
 
     def name(self, index: int) -> str:
-        return str(self.media(index))
+        return str(self.table.parent / self.listing.keys[index].decode())
 
     def media(self, index: int) -> Path:
         return self.table.parent / str(self.paths[index])

@@ -150,23 +150,24 @@ def _scan(path: Path) -> dict[str, NDArray[Any]]:
             for member in tar:
                 if not member.isfile():
                     continue
-                if member.name == HEADER:
+                member_name = member.name.encode(errors="backslashreplace").decode()  # it may be in any encoding
+                if member_name == HEADER:
                     header = _contents(tar, member)
                     continue
-                folder, name = os.path.split(member.name)
+                folder, name = os.path.split(member_name)
                 stem, _, ending = name.partition(".")
                 ending = ending.lower()
                 if stem and "." in ending and ending.rpartition(".")[2] in PICTURES | VIDEOS:
-                    dotted.append(member.name)
+                    dotted.append(member_name)
                 sample, kind = samples.setdefault(os.path.join(folder, stem), {"numbers": {}}), _KINDS.get(ending)
                 if kind in sample:
-                    raise ValueError(f"data: {path}: {member.name} is the second {kind} of its key; one needed")
+                    raise ValueError(f"data: {path}: {member_name} is the second {kind} of its key; one needed")
                 if kind == "txt" and not _contents(tar, member).decode(errors="replace").strip():
                     continue  # without a text it is as if it were not there
                 if kind is not None:
                     sample[kind] = member.offset_data, member.size
                 if kind == "json":
-                    values = json_object(_contents(tar, member), f"{path}: {member.name}")
+                    values = json_object(_contents(tar, member), f"{path}: {member_name}")
                     sample["numbers"] = numbers_of(values)
                     sample["captioned"] = caption_of(values) != ""
     except tarfile.TarError as error:
