@@ -239,6 +239,8 @@ def test_bad_caches(shards, model, tmp_path):  # noqa: F811
         (["{shards}", "-o", "{new}", "--batch-size", "0"], "batch_size: got 0"),
         (["{shards}", "-o", "{new}", "--shard-size", "0"], "shard_size: got 0"),
         (["{shards}", "-o", "{new}", "--workers", "-1"], "workers: got -1; at least 0 needed"),
+        (["{shards}", "-o", "{new}", "--max-skipped", "nan"], "max_skipped: got nan; a number from 0 to 1 needed"),
+        (["{shards}", "-o", "{new}", "--max-skipped", "-1"], "max_skipped: got -1.0; a number from 0 to 1 needed"),
         (["{shards}", "-o", "{new}", "--num-frames", "0"], "num_frames: got 0"),
         (["{shards}", "-o", "{new}", "--size", "0x32"], "sizes: got ((0, 32),)"),
         (["{shards}", "-o", "{new}", "--min-score", "score=nan"], "min_score: none of 6"),
@@ -366,3 +368,15 @@ def test_a_broken_clip_is_left_out(tmp_path, mp4, model, capsys):  # noqa: F811
     data = cached(tmp_path / "cache")
     assert [data[i].key for i in range(5)] == list("01234")
     assert np.array_equal(data.buckets, [0] * 5)
+
+
+def test_broken_clips_that_lie_together(tmp_path, mp4, model, capsys):  # noqa: F811
+    """They are counted against all clips; more of them are an error, or what ``--max-skipped`` allows."""
+    members = {f"{i:02}.mp4": mp4(i)[:500] if i < 10 else mp4(40) for i in range(50)}
+    shard(tmp_path / "0.tar", members | {f"{i:02}.txt": "x" for i in range(50)})
+    assert run(tmp_path / "0.tar", tmp_path / "cache", model, "--max-skipped", "0.1") == 2
+    error = "univid: data: 10 of 50 clips could not be read, more than max_skipped=0.1 of them; the last is "
+    assert error in capsys.readouterr().err
+    assert not list((tmp_path / "cache").glob("00000[2-9].tar"))  # no more clips than it takes to know
+    assert run(tmp_path / "0.tar", tmp_path / "cache", model, "--max-skipped", "0.2") == 0
+    assert capsys.readouterr().out.startswith(f"{tmp_path}/cache: 40 clips, ")

@@ -139,6 +139,10 @@ def test_a_state_of_other_data_is_refused():
     other.names[3] = b"another"
     with pytest.raises(ValueError, match=r"is of other data or settings: names \w{16}, here \w{16}$"):
         Loader(other, 1, workers=0).load_state_dict(state)
+    sizes = Loader(Numbers([0, 1, 0, 1]), 1, workers=0).state_dict()
+    with pytest.raises(ValueError, match=r"is of other data or settings: names \w{16}, here \w{16}$"):
+        Loader(Numbers([1, 0, 1, 0]), 1, workers=0).load_state_dict(sizes)  # as by the same two in another order
+    Loader(Numbers([2, 3, 2, 3]), 1, workers=0).load_state_dict(sizes)
     del state["names"]  # it does not say of which
     Loader(other, 1, workers=0).load_state_dict(state)
 

@@ -123,7 +123,7 @@ def encode(options: argparse.Namespace) -> int:
         {name: value for name, value in given.items() if value not in (None, ())},
     )
     device = _device(options.device)
-    names = ("batch_size", "shard_size", "workers")
+    names = ("batch_size", "shard_size", "workers", "max_skipped")
     choices = {name: getattr(options, name) for name in names}
     counts = encoding.encode(config, options.output, model, options.clip, device=device, **choices)
     left_out = f", {counts.skipped} left out" if counts.skipped else ""
@@ -323,6 +323,13 @@ def _parser() -> argparse.ArgumentParser:
     cache.add_argument("--batch-size", type=int, default=8, metavar="CLIPS")
     cache.add_argument("--shard-size", type=int, default=1000, metavar="CLIPS")
     cache.add_argument("--workers", type=int, default=4, help="processes that decode")
+    cache.add_argument(
+        "--max-skipped",
+        type=float,
+        default=0.1,
+        metavar="X",
+        help="of all clips the part that may be broken (default: 0.1)",
+    )
     cache.add_argument("--device", help="cuda or cpu (default: the GPU, if there is one)")
 
     command(doctor, "GPU, driver, versions, and which backend runs each operator, and why.")

@@ -33,6 +33,8 @@ from univid.data.tensors import read_json
 
 log = logging.getLogger("univid.data")
 
+_FEW = 10  # broken clips that are no rate yet, or all of a smaller set
+
 
 @dataclass(frozen=True)
 class Counts:
@@ -77,6 +79,7 @@ def encode(
     Args:
         model: a checkpoint's folder, of which vae/ and clip/ are read. clip: another CLIP, as
             :func:`univid.data.clip.load_clip` takes it. batch_size: clips that are encoded together. shard_size: clips of a shard.
+        max_skipped: the largest part of all clips that may be broken.
 
     Raises:
         ValueError, OSError: the data or the model cannot be read, ``output`` holds something else or is full, or too many clips are broken.
@@ -85,6 +88,8 @@ def encode(
     for name, value, least in (("batch_size", batch_size, 1), ("shard_size", shard_size, 1), ("workers", workers, 0)):
         if value < least:
             raise ValueError(f"{name}: got {value}; at least {least} needed")
+    if not 0 <= max_skipped <= 1:
+        raise ValueError(f"max_skipped: got {max_skipped}; a number from 0 to 1 needed")
     dataset = open_dataset(config)
     if isinstance(dataset, Cached):
         raise ValueError(f"source: {config.paths[0]} is a cache already; clips needed")
@@ -128,9 +133,10 @@ def encode(
                             log.warning("data: left out %s", reason)
                         skipped += len(reasons)
                         written += len(samples)
-                        if skipped > max_skipped * (skipped + written) and skipped >= min(10, len(dataset)):
+                        # Of all clips, not of those so far: broken ones lie together, as those of one upload do.
+                        if skipped > max_skipped * len(dataset) and skipped >= min(_FEW, len(dataset)):
                             raise ValueError(
-                                f"data: {skipped} of {skipped + written} clips could not be read, more than"
+                                f"data: {skipped} of {len(dataset)} clips could not be read, more than"
                                 f" max_skipped={max_skipped:g} of them; the last is {reasons[-1]}"
                             )
                         if samples:

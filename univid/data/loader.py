@@ -82,7 +82,9 @@ class Loader:
         self._seen = 0
         self._named: set[str] = set()
         self.rates: set[float | None] = getattr(dataset, "rates", set())  # of a cache's clips, frames a second
-        self._order = Order(dataset.buckets, seed, hashlib.sha256(b"\0".join(dataset.names)).hexdigest()[:16])
+        buckets = np.unique(dataset.buckets, return_inverse=True)[1]  # of which there may be two of one length
+        names = hashlib.sha256(b"\0".join([*dataset.names, buckets.tobytes()])).hexdigest()[:16]
+        self._order = Order(dataset.buckets, seed, names)
         self._iterator: Iterator[_Fetched] | None = None
         self._batches = DataLoader(
             _Fetch(dataset, self._order),

@@ -23,7 +23,8 @@ class Order:
     that would be the furthest behind (Webster's method), which the same state decides alike everywhere.
 
     Args:
-        buckets: ``(N,)`` integers, the bucket of every sample. seed: of the permutations. names: a hash of the samples'.
+        buckets: ``(N,)`` integers, the bucket of every sample. seed: of the permutations. names: a hash of the samples'
+            names and buckets.
     """
 
     def __init__(self, buckets: NDArray[np.integer], seed: int, names: str = ""):
