@@ -2,6 +2,7 @@
 
 import json
 import resource
+import shutil
 import subprocess
 import sys
 import tarfile
@@ -251,6 +252,12 @@ def test_bad_caches(shards, model, tmp_path):  # noqa: F811
         ),
         (["{shards}", "-o", "{new}", "--min-score", "score=9"], "min_score: none of 6"),
         (["{shards}", "-o", "{shards}/000.tar"], "000.tar is not a folder"),
+        (["{shards}", "-o", "{shards}/000.tar/x"], "output: {shards}/000.tar/x cannot be written: Not a directory"),
+        (
+            ["{shards}", "-o", "{new}" + "x" * 300],
+            "output: {new}" + "x" * 300 + " cannot be written: File name too long",
+        ),
+        (["{shards}", "-o", "/proc/cache"], "output: /proc/cache cannot be written: No such file or directory"),
     ],
 )
 def test_bad_input(shards, model, tmp_path, capsys, arguments, error):  # noqa: F811
@@ -260,10 +267,30 @@ def test_bad_input(shards, model, tmp_path, capsys, arguments, error):  # noqa: 
         given += ["--model", str(model)]
     assert main(["encode", "--device", "cpu", "--workers", "0", *given]) == 2
     err = [line for line in capsys.readouterr().err.splitlines() if line.startswith("univid:")]
-    assert len(err) == 1 and error in err[0]
+    assert len(err) == 1 and error.format(**places) in err[0]
     # What only reading the clips can tell leaves the folder, with nothing in it.
     assert not (tmp_path / "cache").exists() or "--num-frames 99" in " ".join(given)
     assert not list(tmp_path.glob("cache/*"))
+
+
+def test_settings_of_a_checkpoint(shards, model, tmp_path, capsys):  # noqa: F811
+    """They are read as the trainer reads them: of the right kind, and where one is not said, the default."""
+    other = tmp_path / "model"
+    shutil.copytree(model, other)
+    path = other / "generation.json"
+    for text, error in (
+        ('{"num_frames": "3"}', f"{path}: num_frames: got '3', needs int"),
+        ('{"height": 32, "width": 32, "fps": null}', f"{path}: fps: got None, needs float"),
+        ('{"frames": 3}', f"{path}: unknown key 'frames'"),
+        ('{"height": 15, "num_frames": 3}', "sizes: got 15x576; multiples of 2 needed, the VAE's factor"),
+    ):
+        path.write_text(text)
+        assert run(shards, tmp_path / "cache", other) == 2
+        assert capsys.readouterr().err.splitlines()[-1] == f"univid: {error}"
+    path.unlink()
+    assert run(shards, tmp_path / "cache", other) == 2
+    error = f"univid: num_frames: not given, and {other} has no generation.json that says it"
+    assert capsys.readouterr().err.splitlines()[-1] == error
 
 
 def test_source_or_output_of_the_wrong_kind(shards, model, tmp_path, capsys):  # noqa: F811

@@ -210,6 +210,12 @@ def test_two_runs_do_not_share_a_folder(held, tmp_path, capsys):
     assert names(tmp_path) == steps(1, 2)
 
 
+def test_a_run_below_a_file(tmp_path, capsys):
+    (tmp_path / "file").write_text("")
+    assert main([*TINY, f"run={tmp_path}/file/run", "steps=1"]) == 1
+    assert capsys.readouterr().err == f"OSError: run: {tmp_path}/file/run cannot be written: Not a directory\n"
+
+
 def test_all_ranks_say_that_the_folder_is_taken(held, tmp_path):
     command = [*TORCHRUN, "train/fsdp.py", *TINY, f"run={tmp_path}", "steps=1"]
     done = subprocess.run(command, cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, timeout=60)

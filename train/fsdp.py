@@ -313,12 +313,7 @@ def check_beside(config: Config, typed: Sequence[str]) -> None:
 def first_alone(run: Path, joined: Processes) -> Iterator[None]:
     """One command at a time in a run's folder: the lock is rank 0's."""
     with ExitStack() as held:
-
-        def take() -> None:
-            with writing(run):
-                held.enter_context(alone("run", run))
-
-        joined.first_sees(take)
+        joined.first_sees(lambda: held.enter_context(alone("run", run)))
         yield
 
 

@@ -111,16 +111,21 @@ def generate(options: argparse.Namespace) -> int:
 
 
 def encode(options: argparse.Namespace) -> int:
+    from dataclasses import asdict
+
     from univid.checkpoint import find
     from univid.data import encode as encoding
     from univid.data.dataset import DataConfig
+    from univid.pipeline import SETTINGS, read_settings
 
     model = find(options.model)
+    kept = asdict(read_settings(model / SETTINGS)) if (model / SETTINGS).is_file() else {}
     given = {"num_frames": options.num_frames, "sizes": tuple(options.size or ()), "fps": options.fps}
     config = encoding.settings(
         model,
         DataConfig(paths=tuple(options.source), min_score=dict(options.min_score)),
         {name: value for name, value in given.items() if value not in (None, ())},
+        kept,
     )
     device = _device(options.device)
     names = ("batch_size", "shard_size", "workers", "max_skipped")

@@ -29,7 +29,6 @@ from univid.data.dataset import Clips, DataConfig, open_dataset
 from univid.data.folder import TABLES, Folder
 from univid.data.locks import alone
 from univid.data.shards import HEADER, Shards
-from univid.data.tensors import read_json
 
 log = logging.getLogger("univid.data")
 
@@ -43,15 +42,11 @@ class Counts:
     there: int  # shards that had been finished before
 
 
-def settings(model: Path, config: DataConfig, chosen: dict[str, Any]) -> DataConfig:
-    """What was not ``chosen`` is as the checkpoint was trained; without a checkpoint's settings it has to be said."""
-    path = model / "generation.json"
-    kept = read_json(path) if path.is_file() else {}
-    if "height" in kept and "sizes" not in chosen:
-        chosen["sizes"] = ((kept["height"], kept["width"]),)
-    for name in ("num_frames", "fps"):
-        if name in kept:
-            chosen.setdefault(name, kept[name])
+def settings(model: Path, config: DataConfig, chosen: dict[str, Any], kept: dict[str, Any]) -> DataConfig:
+    """What was not ``chosen`` is as the checkpoint was trained; without its settings (``kept``) it has to be said."""
+    if kept:
+        trained = {"sizes": ((kept["height"], kept["width"]),), "num_frames": kept["num_frames"], "fps": kept["fps"]}
+        chosen = trained | chosen
     for name in ("num_frames", "sizes"):
         if name not in chosen:
             raise ValueError(f"{name}: not given, and {model} has no generation.json that says it")
@@ -102,7 +97,7 @@ def encode(
     for size in config.sizes:
         if size[0] % vae.factor or size[1] % vae.factor:
             raise ValueError(f"sizes: got {size[0]}x{size[1]}; multiples of {vae.factor} needed, the VAE's factor")
-    if output.exists() and not output.is_dir():
+    if os.path.exists(output) and not os.path.isdir(output):
         raise FileExistsError(f"output: {output} is not a folder")
     with alone("output", output):
         shards = [range(first, min(first + shard_size, len(dataset))) for first in range(0, len(dataset), shard_size)]

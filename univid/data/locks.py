@@ -19,10 +19,14 @@ def alone(name: str, folder: Path) -> Iterator[None]:
     Raises:
         ValueError: another process has it; ``name`` is what the message calls the folder. OSError: it cannot be written.
     """
-    made = not folder.exists()
-    folder.mkdir(parents=True, exist_ok=True)
     path = folder / LOCK
-    with path.open("w") as lock:
+    try:
+        made = not folder.exists()
+        folder.mkdir(parents=True, exist_ok=True)
+        opened = path.open("w")
+    except OSError as error:
+        raise OSError(f"{name}: {folder} cannot be written: {error.strerror}") from None
+    with opened as lock:
         try:
             fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except (BlockingIOError, PermissionError):
