@@ -91,6 +91,16 @@ def test_urls_that_answer_with_something_else(tmp_path, name, answer, error):
     assert {path.suffix for path in (tmp_path / "cache").iterdir()} == {".lock"}
 
 
+@pytest.mark.parametrize(
+    ("cache", "reason"), [("file/cache", "Not a directory"), ("x" * 300, "File name too long")], ids=["below", "long"]
+)
+def test_a_cache_that_cannot_be_written(shards, tmp_path, cache, reason):  # noqa: F811
+    (tmp_path / "file").write_text("")
+    url, place = f"file://{shards}/000.tar", tmp_path / cache
+    with pytest.raises(OSError, match=rf"^data: {url} could not be copied to {place}: {reason}$"):
+        open_dataset(config("", paths=(url,), cache=str(place)))
+
+
 def test_what_is_no_url_is_named(tmp_path):
     with pytest.raises(ValueError, match=r"^data: got http://\[x/0\.tar, which is no URL: Invalid IPv6 URL$"):
         open_dataset(config("", paths=("http://[x/0.tar",), cache=str(tmp_path)))

@@ -76,6 +76,8 @@ def _local(path: str) -> list[Path]:
         tables = [child for child in children if child.suffix in TABLES]
         if shards and tables:
             log.warning("data: %s holds shards, which are read, and %s, which is not", path, tables[0].name)
+        if not (shards or tables):
+            raise FileNotFoundError(f"data: {path} holds no .tar and no .csv or .jsonl table; one needed")
         return shards or tables
     if glob.has_magic(path):
         matches = sorted(glob.glob(path, recursive=True))
@@ -97,26 +99,30 @@ def fetch(url: str, cache: Path) -> Path:
     if Path(name).suffix not in _ENDINGS:  # it may stand in the query
         name += next((ending for ending in _ENDINGS if parts.query.endswith(ending)), "")
     target = cache / f"{sha256(url.encode()).hexdigest()[:16]}-{name}"
-    if target.is_file():
-        return target
-    cache.mkdir(parents=True, exist_ok=True)
-    with _alone(target):
-        if target.is_file():  # another process has just made it
-            return target
-        handle, partial = tempfile.mkstemp(dir=cache, prefix=f".{target.name}.")
-        try:
-            with os.fdopen(handle, "wb") as file, _stream(url) as (source, length):
-                shutil.copyfileobj(source, file, 2**20)
-                got = file.tell()
-            if length is not None and got != length:
-                raise OSError(f"it ended after {got} of {length} bytes")
-            _check(Path(partial), target.suffix)
-            os.replace(partial, target)
-        except (OSError, ValueError, http.client.HTTPException) as error:
-            raise OSError(f"data: {url} could not be copied to {cache}: {' '.join(str(error).split())}") from None
-        finally:
-            Path(partial).unlink(missing_ok=True)
+    try:
+        if not target.is_file():
+            cache.mkdir(parents=True, exist_ok=True)
+            with _alone(target):
+                if not target.is_file():  # another process may just have made it
+                    _copy(url, target)
+    except (OSError, ValueError, http.client.HTTPException) as error:
+        reason = getattr(error, "strerror", None) or " ".join(str(error).split())
+        raise OSError(f"data: {url} could not be copied to {cache}: {reason}") from None
     return target
+
+
+def _copy(url: str, target: Path) -> None:
+    handle, partial = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")
+    try:
+        with os.fdopen(handle, "wb") as file, _stream(url) as (source, length):
+            shutil.copyfileobj(source, file, 2**20)
+            got = file.tell()
+        if length is not None and got != length:
+            raise OSError(f"it ended after {got} of {length} bytes")
+        _check(Path(partial), target.suffix)
+        os.replace(partial, target)
+    finally:
+        Path(partial).unlink(missing_ok=True)
 
 
 def _check(path: Path, ending: str) -> None:
