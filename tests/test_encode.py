@@ -115,6 +115,8 @@ def test_goes_on(shards, model, tmp_path, capsys, monkeypatch):  # noqa: F811
     assert sorted(p.name for p in output.iterdir()) == ["000000.tar", "000001.tar"]
     assert run(shards, output, model, "--num-frames", "2") == 2
     assert "is of another encoding (num_frames 3, now 2); another folder needed" in capsys.readouterr().err
+    assert run(shards, output, model, "--shard-size", "6") == 2
+    assert "000000.tar is of another encoding (clips [0, 4], now [0, 6]); another" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("kind", ["table", "shard"])
@@ -322,7 +324,7 @@ def test_what_lies_in_the_output_and_is_not_of_these_clips(shards, model, tmp_pa
     (shards / "001.tar").unlink()
     capsys.readouterr()
     assert run(shards, output, model) == 2
-    error = f"univid: output: {output} holds {name}, which is not of these clips; another folder needed"
+    error = f"univid: output: {output} holds {name}, which is no shard of these clips; another folder needed"
     assert error in capsys.readouterr().err.splitlines()
     assert sorted(path.name for path in output.iterdir()) == [name, "notes.txt"]
     (output / name).unlink()

@@ -101,9 +101,9 @@ def encode(
         raise FileExistsError(f"output: {output} is not a folder")
     with alone("output", output):
         shards = [range(first, min(first + shard_size, len(dataset))) for first in range(0, len(dataset), shard_size)]
-        _refuse_others(output, {_name(number) for number in range(len(shards))})
         headers = [_header(dataset, clips, config, made_with) for clips in shards]
         todo = [number for number in range(len(shards)) if not _finished(output / _name(number), headers[number])]
+        _refuse_others(output, {_name(number) for number in range(len(shards))})
         jobs = [job for number in todo for job in _jobs(dataset, number, shards[number], batch_size)]
         batches: DataLoader = DataLoader(
             _Reader(dataset),
@@ -238,7 +238,7 @@ def _refuse_others(output: Path, names: set[str]) -> None:
     for path in sorted(output.iterdir()):
         if path.suffix in (".tar", *TABLES) and path.name not in names:
             raise FileExistsError(
-                f"output: {output} holds {path.name}, which is not of these clips; another folder needed"
+                f"output: {output} holds {path.name}, which is no shard of these clips; another folder needed"
             )
 
 
