@@ -91,9 +91,8 @@ def _open(media: Media) -> Iterator[tuple[av.container.InputContainer, av.VideoS
         raise FileNotFoundError("does not exist")
     try:
         source = str(media) if isinstance(media, Path) else io.BytesIO(media)
-        with av.open(
-            source, "r", metadata_errors="replace"
-        ) as container:  # titles, which nobody reads, are in any encoding
+        # Titles, which nobody reads, are in any encoding.
+        with av.open(source, "r", metadata_errors="replace") as container:
             stream = container.streams.video[0]
             stream.thread_type = "NONE"  # there is a worker process for every core already
             yield container, stream
