@@ -139,6 +139,12 @@ def test_doctor_passes(gpu):
     assert max(map(len, result.stdout.splitlines())) <= 100
 
 
+def test_demo_lets_waiting_threads_sleep(monkeypatch):
+    monkeypatch.delenv("OMP_WAIT_POLICY", raising=False)
+    code = "import sys, univid; print('torch' in sys.modules); import univid.demo, os; print(os.environ['OMP_WAIT_POLICY'])"
+    assert python("-c", code).stdout.split() == ["False", "PASSIVE"]
+
+
 def test_demo_passes(tmp_path, monkeypatch, capsys):
     """All of it but the doctor, in fewer steps."""
     monkeypatch.chdir(tmp_path)
