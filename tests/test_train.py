@@ -416,25 +416,6 @@ def test_a_checkpoint_of_another_architecture_is_refused(alone, tmp_path):
         Trainer(configure(tmp_path), alone)
 
 
-def test_a_stream_without_a_share_is_not_opened_and_goes_on_where_it_stopped(alone, tmp_path):
-    """Its files need not be there; a run may give it a share, or take it away, and comes back to where it was."""
-    absent = ("streams.image.share=0", "streams.image.source=images/*.tar")
-    trainer = Trainer(configure(tmp_path / "absent", *absent), alone)
-    assert set(trainer.sources) == {"video"}
-    assert "image" in trainer.config.streams
-
-    run = tmp_path / "run"
-    positions = []
-    for steps, share in ((4, 1e9), (6, 0), (7, 1e9)):  # of images almost all, then none
-        trainer = Trainer(configure(run, f"steps={steps}", f"streams.image.share={share}"), alone)
-        if share:
-            positions.append(trainer.sources["image"].state_dict()["position"])
-        trainer.run()
-        if share:
-            positions.append(trainer.sources["image"].state_dict()["position"])
-    assert positions == [0, 16, 16, 20]
-
-
 def test_what_does_not_fit_the_model_is_refused_before_the_first_step(alone, tmp_path):
     for override, message in (
         ("streams.video.num_frames=25", r"streams\.video\.num_frames: got 25, needs at most .* max_frames = "),

@@ -152,3 +152,23 @@ def test_a_cache_is_of_a_model(start, shards, tmp_path):  # noqa: F811
                 continue
             with pytest.raises(ValueError, match=error):
                 Trainer(config, joined)
+
+
+def test_a_stream_without_a_share_is_not_opened_and_goes_on_where_it_stopped(tmp_path):
+    """Its files need not be there; a run may give it a share, or take it away, and comes back to where it was."""
+    with processes(device="cpu") as joined:
+        absent = ("streams.image.share=0", "streams.image.source=images/*.tar")
+        trainer = Trainer(configure(tmp_path / "absent", *absent), joined)
+        assert set(trainer.sources) == {"video"}
+        assert "image" in trainer.config.streams
+
+        run = tmp_path / "run"
+        positions = []
+        for steps, share in ((4, 1e9), (6, 0), (7, 1e9)):  # of images almost all, then none
+            trainer = Trainer(configure(run, f"steps={steps}", f"streams.image.share={share}"), joined)
+            if share:
+                positions.append(trainer.sources["image"].state_dict()["position"])
+            trainer.run()
+            if share:
+                positions.append(trainer.sources["image"].state_dict()["position"])
+        assert positions == [0, 16, 16, 20]

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from torch.distributed.checkpoint import CheckpointException, FileSystemReader, FileSystemWriter
 from torch.distributed.device_mesh import DeviceMesh
 
+from train.config import one_line
 from train.optimizer import ShardedAdamW
 from train.processes import Processes, host_group
 from train.sharding import Shard, local_shards
@@ -241,4 +242,4 @@ def _cause(error: BaseException) -> str:
     """One line, of the first rank that failed."""
     if isinstance(error, CheckpointException) and error.failures:
         error = next(iter(error.failures.values()))[0]
-    return str(error).splitlines()[0] if str(error) else type(error).__name__
+    return one_line(error)
