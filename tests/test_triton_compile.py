@@ -17,7 +17,7 @@ from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.runtime.jit import JITFunction  # noqa: E402
 
 from univid import ops  # noqa: E402
-from univid.kernels.triton import launch  # noqa: E402
+from univid.kernels.triton import column_sums, launch  # noqa: E402
 from univid.ops import ReferenceFrames  # noqa: E402
 
 HOPPER = GPUTarget("cuda", 90, 32)
@@ -155,3 +155,18 @@ def test_compiles(name: str, compiled: list, tmp_path: Path):
     assert 0 < forward < len(compiled)
     stacks = {kernel.metadata.name: _stack(kernel, tmp_path) for kernel in compiled}
     assert max(stacks.values()) <= MAX_STACK, stacks
+
+
+def test_sums_that_start_early(compiled: list, monkeypatch: pytest.MonkeyPatch):
+    """As on a card from Hopper on: the second pass waits for the first one's end, which lets it be placed before."""
+    monkeypatch.setattr(column_sums, "launches_early", lambda device: True)
+    out = _add_bias(1280)
+    forward = len(compiled)
+    out.backward(torch.zeros_like(out))
+    first, second = (kernel.asm["ptx"] for kernel in compiled[forward:])
+    assert "griddepcontrol.launch_dependents" in first and "griddepcontrol.wait" not in first
+    assert second.count("griddepcontrol.wait") == 1
+    early = [kernel.metadata.launch_pdl for kernel in compiled[forward:]]
+    assert early == [False, True]
+    waits = second.index("griddepcontrol.wait")
+    assert all(second.index(load) > waits for load in ("ld.global", "st.global"))

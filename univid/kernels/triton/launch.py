@@ -40,16 +40,23 @@ DTYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
 @dataclass(frozen=True)
 class Config:
     """One way to run a kernel: its tile sizes (constexprs by name), warps of a program, and software-pipelining
-    depth."""
+    depth; launch_pdl: where `launches_early`, before the launch that it follows has ended."""
 
     constants: dict[str, int]
     num_warps: int = 4
     num_stages: int = 2
+    launch_pdl: bool = False
 
     @cached_property
     def name(self) -> str:
         tiles = " ".join(f"{k}={v}" for k, v in self.constants.items())
         return f"{tiles} num_warps={self.num_warps} num_stages={self.num_stages}"
+
+    @cached_property
+    def options(self) -> dict[str, Any]:
+        """For Triton, which does not know launch_pdl on every GPU."""
+        options: dict[str, Any] = {"num_warps": self.num_warps, "num_stages": self.num_stages}
+        return options | {"launch_pdl": True} if self.launch_pdl else options
 
 
 class Launcher:
@@ -68,14 +75,15 @@ class Launcher:
         constants: dict,
         num_warps: int = 4,
         num_stages: int = 3,
+        **more: Any,
     ) -> None:
-        """On ``device``, which must be the current one."""
-        index = (device.index, num_warps, num_stages, *constants.items(), *map(_specialization, args))
+        """On ``device``, which must be the current one. more: of Triton's options."""
+        options = {"num_warps": num_warps, "num_stages": num_stages} | more
+        index = (device.index, *options.values(), *constants.items(), *map(_specialization, args))
         known = self._known.get(index)
         if known is not None:
             known.compiled[(*grid, 1, 1)[:3]](*args, *known.constants)
             return
-        options = {"num_warps": num_warps, "num_stages": num_stages}
         compiled = self.kernel[grid](*args, **constants, **options)
         if not isinstance(compiled, CompiledKernel):  # none in the interpreter
             return
@@ -107,11 +115,11 @@ class Tuned:
         with _on(device):
             config = self._choose(device, key, lambda config: self._run(config, grid, args, constants))
             meta = constants | config.constants
-            self._launch(device, grid(meta), args, meta, config.num_warps, config.num_stages)
+            self._launch(device, grid(meta), args, meta, **config.options)
 
     def _run(self, config: Config, grid: Callable[[dict], tuple], args: tuple, constants: dict) -> Any:
         meta = constants | config.constants
-        return self.kernel[grid(meta)](*args, **meta, num_warps=config.num_warps, num_stages=config.num_stages)
+        return self.kernel[grid(meta)](*args, **meta, **config.options)
 
     def _choose(self, device: torch.device, key: dict, run: Callable[[Config], None]) -> Config:
         index = (device, *key.items())
@@ -238,6 +246,14 @@ def _specialization(argument: Any) -> Any:
 def autotunes() -> bool:
     """Whether configurations are measured: unless UNIVID_AUTOTUNE=0, or results must be the same bits in every process."""
     return os.environ.get("UNIVID_AUTOTUNE", "1") != "0" and not torch.are_deterministic_algorithms_enabled()
+
+
+def launches_early(device: torch.device) -> bool:
+    """Whether a launch may begin before the one that it follows has ended (programmatic dependent launch: from Hopper
+    on)."""
+    if device.type != "cuda" or _HIP or interpreted():
+        return False
+    return int(architecture(device).removeprefix("sm_")) >= 90
 
 
 def interpreted() -> bool:
