@@ -23,6 +23,7 @@ MODULES = {
     "add_bias": "add_bias",
     "concat": "concat",
     "geglu": "geglu",
+    "linear_geglu": "linear_geglu",
     "add_layer_norm": "add_layer_norm",
 }
 

@@ -34,6 +34,7 @@ UNITS = {
     "add_bias": ("gbs", "GB/s", "{:.0f}"),
     "concat": ("gbs", "GB/s", "{:.0f}"),
     "geglu": ("gbs", "GB/s", "{:.0f}"),
+    "linear_geglu": ("tflops", "TFLOP/s", "{:.0f}"),
     "add_layer_norm": ("gbs", "GB/s", "{:.0f}"),
 }
 
@@ -48,8 +49,8 @@ Written by `python -m benchmarks.report` from the files in `benchmarks/results/`
 - A time is the median of runs with a cold L2 cache, ours and the peers' in the same process. Under 10 ms it is that of a
   CUDA graph over up to 12 sets of inputs in turn, free of launch gaps; the result files hold the eager time beside it. (The
   sets of the smallest calls, f8 at B = 1, fit the L2 cache in part.)
-- Every output and gradient was first compared with float64, on one clip and head of attention, two frames of `geglu`, and
-  on all of the others.
+- Every output and gradient was first compared with float64, on one clip and head of attention, two frames of `geglu` and
+  `linear_geglu`, and on all of the others.
 - TFLOP/s and GB/s count useful work: K taps, keys that are read, each input and output once. The limit is the larger of the
   time of the arithmetic at the rate of an 8192³ bfloat16 product and that of the bytes at the rate of a copy, both of the
   same run.

@@ -9,6 +9,7 @@
 
 #include "dual_stream.h"
 #include "group_norm.h"
+#include "linear_geglu.h"
 #include "pyramid.h"
 #include "temporal.h"
 #include "temporal_conv.h"
@@ -89,6 +90,11 @@ TemporalConvShape conv_shape(const ConvSizes& sizes, bool transposed, DType dtyp
 using ClipsArguments = std::array<int64_t, 3>;
 
 ClipsView clips(const ClipsArguments& x) { return {pointer<void>(x[0]), x[1], x[2]}; }
+
+// M, channels of x, C
+using GegluSizes = std::array<int64_t, 3>;
+
+LinearGegluShape geglu_shape(const GegluSizes& sizes, DType dtype) { return {sizes[0], sizes[1], sizes[2], dtype}; }
 
 // M, N, C, G
 using GroupNormSizes = std::array<int64_t, 4>;
@@ -291,6 +297,21 @@ PYBIND11_MODULE(_csrc, module) {
         temporal_conv_weight({conv_shape(sizes, false, dtype), clips(x), clips(grad), pointer<void>(dweight[0]),
                               dweight[1], dweight[2], pointer<void>(workspace), tiling},
                              device, stream_of(stream));
+      },
+      no_gil);
+
+  module.def("linear_geglu_workspace", [](const GegluSizes& sizes, int tiling, int device) {
+    return linear_geglu_workspace(geglu_shape(sizes, DType::kBFloat16), tiling, device);
+  });
+
+  module.def(
+      "linear_geglu",
+      // x, weight: address, stride of rows
+      [](const GegluSizes& sizes, DType dtype, const std::array<int64_t, 2>& x, const std::array<int64_t, 2>& weight,
+         uintptr_t bias, uintptr_t out, uintptr_t workspace, int tiling, int device, uintptr_t stream) {
+        linear_geglu({geglu_shape(sizes, dtype), pointer<const void>(x[0]), pointer<const void>(weight[0]),
+                      pointer<const void>(bias), x[1], weight[1], pointer<void>(out), pointer<void>(workspace), tiling},
+                     device, stream_of(stream));
       },
       no_gil);
 }

@@ -1,8 +1,8 @@
 // temporal_conv's launches: maps of tensors, and which tiling suits which shape.
 #include <type_traits>
 
-#include "temporal_conv.cuh"
 #include "temporal_conv.h"
+#include "temporal_conv_launch.cuh"
 
 namespace univid {
 namespace {
@@ -17,22 +17,6 @@ template <class C>
 Tiling weight_tiling_for(const TemporalConvShape& s) {
   return weight_tiling_of(s.batch, s.frames, s.tokens, s.channels, s.channels_out, s.taps, C::kTileBlocks,
                           C::kColumns * C::kCluster);
-}
-
-template <class C>
-Schedule schedule_for(const Tiling& tiling, int device) {
-  return share_out(tiling, num_processors(device) / C::kCluster);
-}
-
-int64_t flags_bytes(const Schedule& schedule, int of_worker) {
-  return (schedule.workers * of_worker * 4 + 15) / 16 * 16;
-}
-
-template <class C>
-int64_t workspace_for(const Tiling& tiling, int device) {
-  const Schedule schedule = schedule_for<C>(tiling, device);
-  if (!schedule.cuts()) return 0;
-  return flags_bytes(schedule, C::kCluster * C::kGroups) + int64_t{schedule.workers} * C::kCluster * C::kPartialBytes;
 }
 
 CUtensorMapSwizzle swizzle_of(int columns) {
@@ -75,31 +59,6 @@ CUtensorMap map_of_weight_gradient(const TemporalConvWeight& call) {
                                  static_cast<cuuint64_t>(s.taps > 1 ? call.stride_k * 2 : 16)};
   const cuuint32_t box[3] = {kPartColumns, 16, 1};
   return encode_map(call.dweight, s.dtype, sizes, strides, box, swizzle_of(kPartColumns));
-}
-
-template <typename Element, class C, Kind kKind>
-void launch(Arguments args, void* workspace, int device, cudaStream_t stream) {
-  static_assert(kSharedBytes<C> <= 227 * 1024);
-  args.schedule = schedule_for<C>(args.tiling, device);
-  if (args.schedule.cuts()) {
-    const int64_t size = flags_bytes(args.schedule, C::kCluster * C::kGroups);
-    args.flags = static_cast<uint32_t*>(workspace);
-    args.partials = reinterpret_cast<float4*>(static_cast<char*>(workspace) + size);
-    check(cudaMemsetAsync(args.flags, 0, size, stream), "temporal_conv");
-  }
-  static OncePerDevice once;
-  prepare(once, convolve<Element, C, kKind>, device);
-  cudaLaunchAttribute cluster{};
-  cluster.id = cudaLaunchAttributeClusterDimension;
-  cluster.val.clusterDim = {C::kCluster, 1, 1};
-  cudaLaunchConfig_t config{};
-  config.gridDim = args.schedule.workers * C::kCluster;
-  config.blockDim = C::kThreads;
-  config.dynamicSmemBytes = kSharedBytes<C>;
-  config.stream = stream;
-  config.attrs = &cluster;
-  config.numAttrs = 1;
-  check(cudaLaunchKernelEx(&config, convolve<Element, C, kKind>, args), "temporal_conv");
 }
 
 using High = Config<2, 2, 160, 4, 2, 2>;       // 256 x 160 in pairs: the fewest bytes
@@ -145,14 +104,6 @@ auto with_config(const TemporalConvShape& shape, int tiling, F&& f) {
 template <typename F>
 auto with_weight_config(const TemporalConvShape& shape, int tiling, F&& f) {
   return with_tiling<false>(tiling >= 0 ? tiling : suiting_tiling(shape.channels, true), f);
-}
-
-template <typename F>
-void with_element(DType dtype, F&& f) {
-  if (dtype == DType::kBFloat16)
-    f(__nv_bfloat16());
-  else
-    f(__half());
 }
 
 }  // namespace

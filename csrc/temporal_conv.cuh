@@ -32,6 +32,7 @@
 
 #include "hopper/tma.cuh"
 #include "hopper/wgmma.cuh"
+#include "temporal_conv_gated.cuh"
 #include "temporal_conv_plan.h"
 #include "temporal_conv_results.cuh"
 
@@ -59,12 +60,13 @@ struct Config {
   static constexpr int kPartialBytes = kTileBlocks * kBlockRows * kColumns * 4;  // of a tile in float32
 };
 
-enum class Kind { kForward, kInputGradient, kWeightGradient };
+enum class Kind { kForward, kInputGradient, kWeightGradient, kGated };  // the last is linear_geglu.cu's
 
 struct Arguments {
   CUtensorMap left, right, out;            // out = left · right
   int left_moves, right_moves, out_moves;  // 1, or 0: one clip, or the same for all
   Addends addends;
+  Gated gated;
   float4* partials;
   uint32_t* flags;  // of (worker's part, rank, warpgroup): the partial tile is there
   Tiling tiling;
@@ -103,7 +105,19 @@ struct Feed {
     ptx::cp_async_bulk_tensor(ptx::space_cluster, ptx::space_global, shared.right[slot] + i * (kPartColumns * 128),
                               &args.right, box, filled);
   }
+
+  // The half that values are made of, or gates.
+  __device__ void load_half(int i, const int32_t (&box)[3]) const {
+    ptx::cp_async_bulk_tensor(ptx::space_cluster, ptx::space_global, shared.right[slot] + i * (C::kRightBytes / 2),
+                              &args.right, box, filled);
+  }
 };
+
+// Of out.
+template <class C, Kind kKind>
+__device__ int first_column(const Place& place, int rank) {
+  return (place.column_tile * C::kCluster + rank) * (kKind == Kind::kGated ? C::kColumns / 2 : C::kColumns);
+}
 
 // The feeding thread.
 template <class C, Kind kKind>
@@ -113,7 +127,7 @@ __device__ void produce(const Arguments& args, Shared<C>& shared, int worker, in
   Piece piece;
   while (advance(args.schedule, worker, piece)) {
     const Place place(t, piece.tile);
-    const int column = (place.column_tile * C::kCluster + rank) * C::kColumns, end = min(piece.end, place.steps);
+    const int column = first_column<C, kKind>(place, rank), end = min(piece.end, place.steps);
     int row[C::kTileBlocks], clip[C::kTileBlocks];
 #pragma unroll
     for (int b = 0; b < C::kTileBlocks; b++) {
@@ -140,6 +154,9 @@ __device__ void produce(const Arguments& args, Shared<C>& shared, int worker, in
       }
       if constexpr (kKind == Kind::kForward) {
         feed.load_right(0, {inner, tap, column});
+      } else if constexpr (kKind == Kind::kGated) {
+        feed.load_half(0, {inner, column, 0});
+        feed.load_half(1, {inner, args.gated.columns + column, 0});
       } else {
 #pragma unroll
         for (int i = 0; i < C::kParts; i++)
@@ -192,7 +209,8 @@ class Consumer {
   // Products of one stage are under way while the next are started.
   template <int kActive>
   __device__ void multiply(int steps) {
-    constexpr bool kLeftByRows = kKind == Kind::kWeightGradient, kRightByRows = kKind != Kind::kForward;
+    constexpr bool kLeftByRows = kKind == Kind::kWeightGradient,
+                   kRightByRows = kKind == Kind::kInputGradient || kKind == Kind::kWeightGradient;
     const uint64_t first_left = tile_descriptor(shared_.left[0][group()]);
     const uint64_t first_right =
         kRightByRows ? half_tile_descriptor<kStepChannels>(shared_.right[0]) : tile_descriptor(shared_.right[0]);
@@ -296,8 +314,21 @@ class Consumer {
   }
 
   __device__ void store(const Place& place, int blocks) {
+    const int column = first_column<C, kKind>(place, rank());
+    if constexpr (kKind == Kind::kGated) {
+#pragma unroll
+      for (int b = 0; b < C::kBlocks; b++) {
+        if (b >= blocks) break;
+        const int row = (place.block + group() + b * C::kGroups) * kBlockRows + warp() * 16;
+        store_gated<Element, C::kColumns>(args_.gated, row, column, sums_[b], lane());
+      }
+    } else {
+      store_parts(place, blocks, column);
+    }
+  }
+
+  __device__ void store_parts(const Place& place, int blocks, int column) {
     constexpr int kAhead = 2;  // parts whose residual is under way
-    const int column = (place.column_tile * C::kCluster + rank()) * C::kColumns;
     uint4 residual[kAhead][2];
     if (lane() == 0) ptx::cp_async_bulk_wait_group_read(ptx::n32_t<0>());  // all slots are free
 #pragma unroll

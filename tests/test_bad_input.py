@@ -52,6 +52,7 @@ def arguments(operator):
         "concat": lambda: {"x": randn(B, T, N, C), "y": randn(B, T, N, C_OUT)},
         "add_bias": lambda: {"x": randn(B, T, N, C), "bias": randn(C)},
         "geglu": lambda: {"x": randn(B, T, N, 2 * C)},
+        "linear_geglu": lambda: {"x": randn(B, T, N, C), "weight": randn(2 * C_OUT, C), "bias": randn(2 * C_OUT)},
         "add_layer_norm": lambda: {
             "x": randn(B, T, N, C),
             "weight": randn(C),

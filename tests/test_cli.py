@@ -184,7 +184,7 @@ def test_info_without_settings(model, tmp_path, capsys):
 def test_doctor(capsys):
     assert main(["doctor"]) == 0
     printed = capsys.readouterr().out
-    assert "All 11 operators are right" in printed
+    assert "All 12 operators are right" in printed
     assert "GPU: " in printed
 
 

@@ -5,7 +5,15 @@ from importlib import import_module
 import pytest
 import torch
 
-from univid.kernels.calls import DualStreamCall, GroupNormSiluCall, PyramidCall, Stream, TemporalCall, TemporalConvCall
+from univid.kernels.calls import (
+    DualStreamCall,
+    GroupNormSiluCall,
+    LinearGegluCall,
+    PyramidCall,
+    Stream,
+    TemporalCall,
+    TemporalConvCall,
+)
 
 pytest.importorskip("univid.kernels.cuda._csrc", reason="needs the CUDA kernels built")
 
@@ -15,7 +23,7 @@ B, T, N, H, D = 2, 5, 12, 3, 64
 
 @pytest.fixture(autouse=True)
 def on_their_card(monkeypatch):
-    for name in ("pyramid", "dual_stream", "temporal", "temporal_conv", "group_norm"):
+    for name in ("pyramid", "dual_stream", "temporal", "temporal_conv", "group_norm", "linear_geglu"):
         monkeypatch.setattr(f"univid.kernels.cuda.{name}.unavailable", lambda *_, **__: None)
 
 
@@ -51,6 +59,11 @@ def group_norm(x=None, groups=4):
     return GroupNormSiluCall(x, groups, new(x.shape[-1]), new(x.shape[-1]), 1e-5, True)
 
 
+def linear_geglu(x=None, weight=None):
+    x = new(B * T * N, 24) if x is None else x
+    return LinearGegluCall(x, new(32, x.shape[1], dtype=x.dtype) if weight is None else weight, None)
+
+
 QKV = new(B, T, N, 3, H, D)
 PADDED = new(B, T, N, H, D + 8)[..., :D]
 SHIFTED = new(B * T * N * H * D + 8)[8:].view(B, T, N, H, D)
@@ -78,6 +91,10 @@ TAKEN = {
     "group_norm": group_norm(),
     "group_norm, sliced": group_norm(new(B, N, 64)[..., :32]),
     "group_norm, f1": group_norm(new(B, 2880, 320), 32),
+    "linear_geglu": linear_geglu(),
+    "linear_geglu, float16": linear_geglu(new(N, 24, dtype=torch.float16)),
+    "linear_geglu, sliced": linear_geglu(new(N, 48)[:, :24], new(32, 32)[:, :24]),
+    "linear_geglu, one row": linear_geglu(new(1, 24)),
 }
 REFUSED = {
     "pyramid, float32": (pyramid(new(B, T, N, H, D, dtype=torch.float32)), "dtype torch.float32: bfloat16 or float16"),
@@ -100,6 +117,16 @@ REFUSED = {
     "temporal_conv, frames": (temporal_conv(new(B, 2 * T, N, 24)[:, ::2]), "x: its frames must follow each other"),
     "group_norm, C": (group_norm(new(B, N, 36)), "C = 36: a multiple of 8 needed"),
     "group_norm, N": (group_norm(new(1).expand(B, 2**20, 320), 32), "N = 1048576 and 10 channels a group: what fits"),
+    "linear_geglu, float32": (
+        linear_geglu(new(N, 24, dtype=torch.float32)),
+        "dtype torch.float32: bfloat16 or float16",
+    ),
+    "linear_geglu, C_in": (linear_geglu(new(N, 28)), "C_in = 28 and 2C = 32: multiples of 8 and 16 needed"),
+    "linear_geglu, C": (linear_geglu(weight=new(24, 24)), "C_in = 24 and 2C = 24: multiples of 8 and 16 needed"),
+    "linear_geglu, rows": (linear_geglu(new(1, 24).expand(2**30, -1)), "B·T·N = 1073741824 and 2C = 32: less than"),
+    "linear_geglu, x": (linear_geglu(new(1, 24).expand(N, -1)), "x: expanded"),
+    "linear_geglu, weight": (linear_geglu(weight=new(1, 24).expand(32, -1)), "weight: expanded"),
+    "linear_geglu, strides": (linear_geglu(new(N, 28)[:, :24]), "x: its address and strides must be multiples of 16"),
 }
 
 

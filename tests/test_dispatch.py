@@ -13,7 +13,7 @@ from univid import ops
 from univid.kernels import measured
 from univid.kernels.calls import TemporalCall
 from univid.ops import BACKENDS, ReferenceFrames, dispatch, eager, explain
-from univid.ops.explain import _OPERATORS, backends_for
+from univid.ops.explain import _OPERATORS, backends_for, directions_of
 
 B, T, N, H, D, LENGTH, C = 2, 4, 3, 2, 8, 5, 6
 
@@ -34,6 +34,7 @@ def calls():
         "concat": (torch.randn(B, T, N, C), torch.randn(B, T, N, C)),
         "add_bias": (torch.randn(B, T, N, C), torch.randn(C)),
         "geglu": (torch.randn(B, T, N, C),),
+        "linear_geglu": (torch.randn(B, T, N, C), torch.randn(2 * C, C)),
         "add_layer_norm": (torch.randn(B, T, N, C), torch.randn(C), torch.randn(C)),
     }
 
@@ -71,8 +72,10 @@ def test_explain(operator, capsys):
     args = calls()[operator]
     assert explain(operator, *args) is None
     lines = capsys.readouterr().out.splitlines()
-    assert len(lines) == 2 * (1 + len(BACKENDS))
-    for direction, (title, *rows) in (("forward", lines[:5]), ("backward", lines[5:])):
+    directions, rows_of_one = directions_of(operator), 1 + len(BACKENDS)
+    assert len(lines) == len(directions) * rows_of_one
+    for i, direction in enumerate(directions):
+        title, *rows = lines[i * rows_of_one : (i + 1) * rows_of_one]
         assert title == f"{operator} {direction}: torch"
         assert [row.split()[0] for row in rows] == list(BACKENDS)  # the fastest first
         cuda, triton, torch_, reference = (row[2:].split(maxsplit=1)[1] for row in rows)
@@ -92,7 +95,7 @@ def test_what_explain_says_runs(operator, runs):
 
 @every_operator
 def test_explain_takes_a_backend(operator, capsys, monkeypatch):
-    args = calls()[operator]
+    args, last = calls()[operator], directions_of(operator)[-1]
     explain(operator, *args, backend="reference")
     out = capsys.readouterr().out
     assert f"{operator} forward: reference\n" in out and "torch      can\n" in out and "reference  runs\n" in out
@@ -100,9 +103,9 @@ def test_explain_takes_a_backend(operator, capsys, monkeypatch):
     assert f"{operator} forward: the backend asked for cannot run it\n" in capsys.readouterr().out
     monkeypatch.setenv("UNIVID_BACKEND", "reference")
     explain(operator, *args)
-    assert f"{operator} backward: reference\n" in capsys.readouterr().out
+    assert f"{operator} {last}: reference\n" in capsys.readouterr().out
     explain(operator, *args, backend="torch")
-    assert f"{operator} backward: torch\n" in capsys.readouterr().out
+    assert f"{operator} {last}: torch\n" in capsys.readouterr().out
 
 
 def test_explain_checks_as_the_operator_does():
@@ -256,7 +259,7 @@ def test_explain_says_what_was_measured(operator, capsys, monkeypatch):
     explain(operator, *args)
     out = capsys.readouterr().out
     assert out.count(f"{operator} forward: reference\n") == 1
-    assert out.count("  reference  runs, measured to be the fastest at such sizes\n") == 2
+    assert out.count("  reference  runs, measured to be the fastest at such sizes\n") == len(directions_of(operator))
     explain(operator, *args, backend="torch")
     out = capsys.readouterr().out
     assert f"{operator} forward: torch\n" in out and "reference  can, measured to be the fastest at such sizes\n" in out
@@ -279,7 +282,7 @@ def test_the_measured_table_names_what_there_is():
 @every_operator
 def test_every_call_has_a_class(operator):
     """Of every operator, the sizes that a class asks for."""
-    module, arguments, call = _OPERATORS[operator]
+    module, arguments, call, _ = _OPERATORS[operator]
     given = call(*arguments(*calls()[operator]))
     assert measured.shape_class(module, **dispatch._SIZES[module](given))
 

@@ -11,7 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from univid.model import ImageAdapter, UNet, UNetConfig, load_sd21
-from univid.model.blocks import ResidualBlock, Transformer, sinusoids
+from univid.model.blocks import GEGLU, ResidualBlock, Transformer, sinusoids
 from univid.model.weights import NEW, TEMPORAL, to_file
 from univid.ops import ReferenceFrames
 
@@ -179,6 +179,27 @@ class Operators(TorchDispatchMode):
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("change", ["a hook", "a hook before", "a forward", "a kind"])
+def test_a_projection_with_more_to_it_is_called(change):
+    """As by offloading, quantisation or LoRA: what hangs on it is not gone round."""
+    gated = GEGLU(UNetConfig.load("tiny"), 8, 12)
+    x, called = torch.randn(1, 2, 3, 8), []
+    expected = gated(x)
+    plain = gated.proj
+    if change == "a hook before":
+        plain.register_forward_pre_hook(lambda *_: called.append(1))
+    elif change == "a forward":
+        forward = plain.forward
+        plain.forward = lambda x: (called.append(1), forward(x))[1]
+    else:
+        plain.register_forward_hook(lambda *_: called.append(1))
+    if change == "a kind":
+        gated.proj = torch.nn.Sequential(plain)
+    torch.testing.assert_close(gated(x), expected)
+    assert called == [1]
+
+
+@torch.no_grad()
 def test_order_of_the_operators():
     unet = random_unet(backend="reference")
     x, t, *conditions = inputs()
@@ -190,7 +211,7 @@ def test_order_of_the_operators():
         *("add_layer_norm", "pyramid_st_attn_qkv"),
         *("add_layer_norm", "dual_stream_attn"),
         *("add_layer_norm", "temporal_attn_qkv"),
-        *("add_layer_norm", "geglu"),
+        *("add_layer_norm", "linear_geglu"),
     ]
     order = [name.removeprefix("univid.") for name in ran.names if name.startswith("univid.")]
     outside, inside, conv = block + attention, block, ["add_bias"]

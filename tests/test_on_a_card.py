@@ -31,6 +31,7 @@ from tests.calls import (
 from tests.card import CARD, assert_repeated, need, on_card, refusal, with_kernels
 from univid import ops
 from univid.ops import ReferenceFrames
+from univid.ops.explain import backends_for
 
 
 @pytest.mark.gpu
@@ -252,7 +253,7 @@ def cuda_calls(dtype):
 
 def run_cuda_kernels():
     """Every CUDA kernel; what compute-sanitizer watches. Prints how many calls ran."""
-    from univid.kernels.cuda import temporal_conv
+    from univid.kernels.cuda import linear_geglu, temporal_conv
 
     ran = 0
     for dtype in (torch.bfloat16, torch.float16):
@@ -266,6 +267,17 @@ def run_cuda_kernels():
                     wanted = [inputs[name].requires_grad_() for name in asked]
                     out = apply(case, inputs, backend="cuda", **options)
                     torch.autograd.grad(out, wanted, incoming(out.detach()))
+                    ran += 1
+        # Tiles that are cut in the second.
+        for *rows, channels, columns in ((2, 3, 37, 72, 232), (1, 1, 400, 2048, 320)):
+            x, weight, bias = (
+                torch.randn(s, dtype=dtype).cuda() for s in ((*rows, channels), (2 * columns, channels), (2 * columns,))
+            )
+            if backends_for("linear_geglu", x, weight, bias)[1]["cuda"] is not None:
+                continue
+            for tiling in range(-1, 3):
+                with mock.patch.object(linear_geglu, "_CHOSEN", tiling):
+                    ops.linear_geglu(x, weight, bias, backend="cuda")
                     ran += 1
     torch.cuda.synchronize()
     print(f"{ran} calls ran")

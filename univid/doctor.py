@@ -24,7 +24,7 @@ import univid
 from univid import ops
 from univid.kernels.cuda import unavailable
 from univid.ops import ReferenceFrames, reference
-from univid.ops.explain import backends_for
+from univid.ops.explain import backends_for, directions_of
 
 _PACKAGES = ("torch", "triton", "diffusers", "open_clip_torch", "av")
 _WIDTH = 100
@@ -191,6 +191,17 @@ def cases(device: torch.device, dtype: torch.dtype) -> list[Case]:
             lambda x, a: reference.geglu(x["x"], a),
         ),
         Case(
+            "linear_geglu",
+            f"B{clips} T{frames} N{tokens} C{channels}-{4 * channels}",
+            {
+                "x": make(clips, frames, tokens, channels),
+                "weight": channels**-0.5 * make(8 * channels, channels),
+                "bias": make(8 * channels),
+            },
+            {},
+            lambda x, a: reference.linear_geglu(**x, accumulate=a),
+        ),
+        Case(
             "add_layer_norm",
             f"B{clips} T{frames} N{tokens} C{channels}",
             {
@@ -212,8 +223,12 @@ def _unpacked(qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def check(case: Case) -> list[Result]:
-    """Run the operator and compare its output (first) and its gradients with the reference's."""
+    """Run the operator and compare its output (first) and its gradients, where it has any, with the reference's."""
     operator = getattr(ops, case.operator)
+    if "backward" not in directions_of(case.operator):
+        out = operator(**case.tensors, **case.options)
+        wide_out = case.meaning({name: x.double() for name, x in case.tensors.items()}, None)
+        return [_compare("out", out, case.meaning(case.tensors, out.dtype), wide_out)]
     grad = torch.randn_like(case.meaning(case.tensors, None))
     results = _with_gradients(lambda x: _one(operator(**x, **case.options)), case.tensors, grad)
     rounded = _with_gradients(lambda x: case.meaning(x, grad.dtype), case.tensors, grad)
@@ -247,7 +262,7 @@ def _compare(name: str, result: Tensor, rounded: Tensor, exact: Tensor) -> Resul
 def _run(case: Case, reasons: Reasons) -> str | None:
     """Print the operator's row and return what is wrong with it, or None."""
     ran = []
-    for direction in ("forward", "backward"):
+    for direction in directions_of(case.operator):
         chosen, refusals = backends_for(case.operator, **case.tensors, **case.options, direction=direction)
         if chosen is None:
             print(_ROW.format(case.operator, case.sizes, "–", "–", "–", "–", "cannot run"))
@@ -255,16 +270,16 @@ def _run(case: Case, reasons: Reasons) -> str | None:
             return f"UNIVID_BACKEND={asked} cannot run its {direction}: {refusals[asked]}"
         ran.append(chosen)
         _collect(reasons, case.operator, direction, chosen, refusals)
-    backend = ran[0] if ran[0] == ran[1] else ", ".join(ran)
+    backend = ", ".join(dict.fromkeys(ran))
     try:
         output, *gradients = results = check(case)
     except Exception as failure:  # the other operators still run
         print(_ROW.format(case.operator, case.sizes, backend, "–", "–", "–", "failed"))
         return textwrap.shorten(f"{type(failure).__name__}: {failure}", 4 * _WIDTH)
     wrong = [result for result in results if not result.is_right]
-    largest = max(result.error for result in gradients)
+    largest = f"{max(result.error for result in gradients):.1e}" if gradients else "–"
     share = max(result.share for result in wrong or results)
-    figures = (f"{output.error:.1e}", f"{largest:.1e}", f"{share:.0%}" if share < 10 else "> 999%")
+    figures = (f"{output.error:.1e}", largest, f"{share:.0%}" if share < 10 else "> 999%")
     print(_ROW.format(case.operator, case.sizes, backend, *figures, "WRONG" if wrong else "ok"), flush=True)
     if not wrong:
         return None

@@ -115,6 +115,14 @@ class GegluCall(NamedTuple):
     x: Tensor  # (M, 2C): a and b
 
 
+class LinearGegluCall(NamedTuple):
+    """``forward -> out`` (M, C); its backward is that of its parts."""
+
+    x: Tensor  # (M, C_in)
+    weight: Tensor  # (2C, C_in)
+    bias: Tensor | None  # (2C,)
+
+
 class AddLayerNormCall(NamedTuple):
     """``forward -> (total, y)``, total None where branch is; ``backward(call, grad, grad_total, dx, dweight, dbias)``.
 

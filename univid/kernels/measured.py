@@ -27,6 +27,7 @@ SIZES = {
     "concat": ("channels",),
     "add_bias": ("channels",),
     "geglu": ("channels",),
+    "linear_geglu": ("channels",),
     "add_layer_norm": ("channels",),
 }
 

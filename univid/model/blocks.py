@@ -23,6 +23,7 @@ from univid.ops import (
     dual_stream_attn,
     geglu,
     group_norm_silu,
+    linear_geglu,
     pyramid_st_attn_qkv,
     temporal_attn_qkv,
     temporal_conv,
@@ -341,6 +342,8 @@ class GEGLU(nn.Module):
         self.backend = config.backend
 
     def forward(self, x: Tensor) -> Tensor:
+        if _is_plain(self.proj):
+            return linear_geglu(x, self.proj.weight, self.proj.bias, backend=self.backend)
         return geglu(self.proj(x), backend=self.backend)
 
 
@@ -374,6 +377,16 @@ def sinusoids(values: Tensor, channels: int) -> Tensor:
     frequencies = torch.exp(-math.log(10_000) * torch.arange(half, device=values.device).float() / half)
     angles = values.float()[:, None] * frequencies
     return torch.cat([angles.cos(), angles.sin()], dim=-1)
+
+
+def _is_plain(linear: nn.Module) -> bool:
+    """Whether its weight is all that there is to it: nothing wraps it, quantises it, adds to it (LoRA), or hangs on its call
+    (hooks, offloading)."""
+    return (
+        type(linear) is nn.Linear
+        and type(linear.weight) is nn.Parameter
+        and not (linear._forward_pre_hooks or linear._forward_hooks or "forward" in vars(linear))
+    )
 
 
 def _is_zero(weight: Weight) -> bool:

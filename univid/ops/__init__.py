@@ -12,6 +12,7 @@ from univid.ops.dual_stream import dual_stream_attn
 from univid.ops.explain import explain
 from univid.ops.geglu import geglu
 from univid.ops.group_norm import group_norm_silu
+from univid.ops.linear_geglu import linear_geglu
 from univid.ops.pyramid import pyramid_st_attn, pyramid_st_attn_qkv
 from univid.ops.reference_frames import ReferenceFrames
 from univid.ops.temporal import temporal_attn, temporal_attn_qkv
@@ -27,6 +28,7 @@ __all__ = [
     "explain",
     "geglu",
     "group_norm_silu",
+    "linear_geglu",
     "pyramid_st_attn",
     "pyramid_st_attn_qkv",
     "temporal_attn",

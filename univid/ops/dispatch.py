@@ -36,6 +36,7 @@ _SIZES: dict[str, Callable[[Any], dict[str, int | bool]]] = {
     "concat": lambda call: {"channels": sum(part.shape[-1] for part in call)},
     "add_bias": lambda call: {"channels": call.x.shape[-1]},
     "geglu": lambda call: {"channels": call.x.shape[1] // 2},
+    "linear_geglu": lambda call: {"channels": call.x.shape[1]},
     "add_layer_norm": lambda call: {"channels": call.x.shape[-1]},
 }
 

@@ -22,6 +22,7 @@ from univid.kernels.calls import (
     DualStreamCall,
     GegluCall,
     GroupNormSiluCall,
+    LinearGegluCall,
     PyramidCall,
     Stream,
     StreamGrads,
@@ -307,6 +308,10 @@ def _geglu(call: GegluCall) -> Tensor:
     return a * F.gelu(b)
 
 
+def _linear_geglu(call: LinearGegluCall) -> Tensor:
+    return _geglu(GegluCall(F.linear(*call)))
+
+
 def _layer_norm(call: AddLayerNormCall) -> Tensor:
     dtype = torch.promote_types(call.x.dtype, torch.float32)
     # Weight and bias outside of F.layer_norm, whose gradients of them on the CPU are long sums one by one.
@@ -366,6 +371,10 @@ def _reference_geglu(call: GegluCall) -> Tensor:
     return reference.geglu(*call)
 
 
+def _reference_linear_geglu(call: LinearGegluCall) -> Tensor:
+    return reference.linear_geglu(*call)
+
+
 def _reference_layer_norm(call: AddLayerNormCall) -> Tensor:
     return reference.add_layer_norm(*call)[1]
 
@@ -383,6 +392,7 @@ BACKENDS = {
         "concat": EagerConcat(_concat, ("x", "y")),
         "add_bias": EagerAddBias(_add_bias, ("bias",)),
         "geglu": Eager(_geglu, ("x",)),
+        "linear_geglu": Eager(_linear_geglu, _AFFINE),
         "add_layer_norm": EagerAddLayerNorm(_layer_norm, _AFFINE),
     },
     "reference": {
@@ -394,6 +404,7 @@ BACKENDS = {
         "concat": EagerConcat(_concat, ("x", "y")),
         "add_bias": EagerAddBias(_reference_add_bias, ("bias",)),
         "geglu": Eager(_reference_geglu, ("x",)),
+        "linear_geglu": Eager(_reference_linear_geglu, _AFFINE),
         "add_layer_norm": EagerAddLayerNorm(_reference_layer_norm, _AFFINE),
     },
 }

@@ -116,6 +116,13 @@ def geglu(x: Tensor, accumulate: torch.dtype | None = None) -> Tensor:
     return (a * (b * (0.5 * (1 + (b * 0.5**0.5).erf())))).to(x.dtype)
 
 
+def linear_geglu(x: Tensor, weight: Tensor, bias: Tensor | None, accumulate: torch.dtype | None = None) -> Tensor:
+    """GEGLU of x · weightᵀ + bias, which is not rounded in between."""
+    x_, weight_ = _promote(accumulate, x, weight)
+    y = torch.einsum("...c,oc->...o", x_, weight_)
+    return geglu(y if bias is None else y + bias.to(y.dtype), accumulate).to(x.dtype)
+
+
 def add_layer_norm(
     x: Tensor,
     weight: Tensor,
