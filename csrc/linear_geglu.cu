@@ -9,14 +9,16 @@
 namespace univid {
 namespace {
 
-using High = Config<2, 2, 160, 4, 2, 1>;   // 256 x 160 in pairs
-using Low = Config<3, 1, 160, 4, 2, 1>;    // 192 x 160 in pairs: a third of a tile's results for each warpgroup
-using Alone = Config<2, 2, 128, 4, 1, 1>;  // 256 x 128: where there is no neighbour
+using High = Config<2, 2, 160, 4, 2, 2>;   // 256 x 160 in pairs
+using Low = Config<3, 1, 160, 4, 2, 2>;    // 192 x 160 in pairs: for few rows
+using Alone = Config<2, 2, 160, 4, 1, 2>;  // 256 x 160: where there is no neighbour
 
+// Calls f with the tiling that a shape is computed by, `tiling` if it is not -1.
 template <typename F>
 auto with_config(const LinearGegluShape& shape, int tiling, F&& f) {
+  constexpr int64_t kManyRows = 4096;
   const bool has_neighbour = tiles_of(2 * shape.columns, High::kColumns) % 2 == 0;
-  switch (tiling >= 0 ? tiling : has_neighbour ? 1 : 2) {
+  switch (tiling >= 0 ? tiling : !has_neighbour ? 2 : shape.rows >= kManyRows ? 0 : 1) {
     case 0:
       return f(High());
     case 1:

@@ -187,13 +187,17 @@ class Consumer {
       const Place place(args_.tiling, piece.tile);
       const int blocks = (place.height + C::kGroups - 1 - group()) / C::kGroups,
                 steps = min(piece.end, place.steps) - piece.begin;
+      const bool is_first = piece.begin == 0;
       if (blocks == C::kBlocks)
-        multiply<C::kBlocks>(steps);
+        multiply<C::kBlocks>(place, is_first, steps);
       else if (C::kBlocks > 1 && blocks == 1)
-        multiply<1>(steps);
+        multiply<1>(place, is_first, steps);
       else
-        multiply<0>(steps);
-      if ((piece.begin == 0 && piece.end >= place.steps) || add_pieces(piece.tile, blocks)) store(place, blocks);
+        multiply<0>(place, is_first, steps);
+      const bool takes_turns = piece.tile == worker() && worker() + args_.schedule.workers < args_.schedule.whole;
+      if (takes_turns) wait_for_turn();
+      if ((is_first && piece.end >= place.steps) || add_pieces(piece.tile, blocks)) store(place, blocks);
+      if (takes_turns) pass_turn();
     }
     if (lane() == 0) ptx::cp_async_bulk_wait_group(ptx::n32_t<0>());
   }
@@ -206,19 +210,41 @@ class Consumer {
   __device__ static int warp() { return threadIdx.x / 32 % 4; }
   __device__ static int lane() { return threadIdx.x % 32; }
 
+  // Of two whole tiles or more, warpgroups store their first ones one after the other. From then on they are apart:
+  // while one stores, others multiply; without it all would do the one, then all the other.
+  __device__ static void wait_for_turn() {
+    if (group() > 0) asm volatile("bar.sync %0, 256;" ::"r"(C::kGroups + group()) : "memory");
+  }
+
+  __device__ static void pass_turn() {
+    if (group() + 1 < C::kGroups) asm volatile("bar.arrive %0, 256;" ::"r"(C::kGroups + group() + 1) : "memory");
+  }
+
+  // is_first: no piece of the tile lies before.
+  template <int kActive>
+  __device__ void begin(const Place& place, bool is_first) {
+    if constexpr (kKind == Kind::kGated)
+      if (is_first && args_.gated.bias != nullptr) {
+        const int column = first_column<C, kKind>(place, rank());
+        begin_with_bias<Element, C::kColumns, kActive>(args_.gated, column, sums_, lane());
+        return;
+      }
+#pragma unroll
+    for (int b = 0; b < kActive; b++)
+#pragma unroll
+      for (int i = 0; i < C::kSums; i++) sums_[b][i] = 0;
+  }
+
   // Products of one stage are under way while the next are started.
   template <int kActive>
-  __device__ void multiply(int steps) {
+  __device__ void multiply(const Place& place, bool is_first, int steps) {
     constexpr bool kLeftByRows = kKind == Kind::kWeightGradient,
                    kRightByRows = kKind == Kind::kInputGradient || kKind == Kind::kWeightGradient;
     const uint64_t first_left = tile_descriptor(shared_.left[0][group()]);
     const uint64_t first_right =
         kRightByRows ? half_tile_descriptor<kStepChannels>(shared_.right[0]) : tile_descriptor(shared_.right[0]);
     int former = 0;
-#pragma unroll
-    for (int b = 0; b < kActive; b++)
-#pragma unroll
-      for (int i = 0; i < C::kSums; i++) sums_[b][i] = 0;
+    begin<kActive>(place, is_first);
 #pragma unroll
     for (int b = 0; b < kActive; b++) pin(sums_[b]);
     for (int step = 0; step < steps; step++) {
@@ -315,15 +341,26 @@ class Consumer {
 
   __device__ void store(const Place& place, int blocks) {
     const int column = first_column<C, kKind>(place, rank());
-    if constexpr (kKind == Kind::kGated) {
-#pragma unroll
-      for (int b = 0; b < C::kBlocks; b++) {
-        if (b >= blocks) break;
-        const int row = (place.block + group() + b * C::kGroups) * kBlockRows + warp() * 16;
-        store_gated<Element, C::kColumns>(args_.gated, row, column, sums_[b], lane());
-      }
-    } else {
+    if constexpr (kKind == Kind::kGated)
+      store_gated(place, blocks, column);
+    else
       store_parts(place, blocks, column);
+  }
+
+  __device__ void store_gated(const Place& place, int blocks, int column) {
+    constexpr int kPart = kGatedPartColumns<C::kColumns>;
+    static_assert(16 * kPart * 2 <= C::kSlots * kPartBytes);
+    char* const slot = shared_.out[group() * 4 + warp()][0];
+#pragma unroll
+    for (int b = 0; b < C::kBlocks; b++) {
+      if (b >= blocks) break;
+      const int row = (place.block + group() + b * C::kGroups) * kBlockRows + warp() * 16;
+#pragma unroll
+      for (int i = 0; i < 2; i++) {
+        uint32_t words[C::kColumns / 16];
+        finish_gated<Element, C::kColumns>(sums_[b], i, words);
+        write_gated(args_.gated, row, column + i * kPart, words, slot, lane());
+      }
     }
   }
 

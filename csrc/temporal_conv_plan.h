@@ -96,6 +96,11 @@ struct Place {
       steps = t.steps();
       return;
     }
+    if (t.taps == 1) {  // it meets every frame: no division is needed to say so
+      first_tap = 0;
+      steps = t.steps_of_tap;
+      return;
+    }
     const int in_clip = block % t.clip_blocks, half = t.taps / 2;
     first_tap = 0;
     int end_tap = t.taps;

@@ -195,6 +195,19 @@ def test_what_is_not_finite():
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("backend", ["cuda", "triton"])
+def test_gelu_is_the_exact_one(backend):
+    """Where products are nothing: the gates are the bias. What float16 can tell of x · Φ(x), at 40 gates of each unit."""
+    x, weight, bias = (tensor.half() for tensor in on_card(8, 64, 800, backend))
+    weight.zero_()
+    bias[:800], bias[800:] = 1, torch.linspace(-10, 10, 800)
+    gate = bias[800:].double()
+    exact = gate * torch.special.ndtr(gate)
+    out = linear_geglu(x, weight, bias, backend=backend)
+    torch.testing.assert_close(out.double(), exact.expand_as(out), atol=3e-6, rtol=5.1e-4)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("backend", ["cuda", "triton"])
 def test_cuda_graph(backend):
     """Replayed with other inputs; cut into parts too, whose flags each replay clears."""
     x, weight, bias = on_card(400, 2048, 320, backend)
