@@ -5,6 +5,7 @@ import argparse
 import json
 import sys
 from collections import defaultdict
+from collections.abc import Sequence
 from math import log
 from pathlib import Path
 from typing import NamedTuple
@@ -186,6 +187,16 @@ def compared(result: Result) -> dict[Cell, Pair]:
     return pairs
 
 
+def _ordinary(result: Result, levels: Sequence[str]) -> dict[str, list[Pair]]:
+    """By title of a direction that was measured, B = 2, per-frame tables: a pair for each level."""
+    cells, variant = compared(result), ORDINARY.get(result.operator, "")
+    pairs = {
+        title: [cells.get(Cell(level, direction, 2, variant), Pair(None, None, False)) for level in levels]
+        for direction, title in DIRECTIONS.items()
+    }
+    return {title: of for title, of in pairs.items() if any(pair.mine for pair in of)}
+
+
 def _fastest_peer(rows: dict[str, dict]) -> dict | None:
     peers = (row for name, row in rows.items() if row["implementation"] not in OURS and name not in LIMITS)
     return min(peers, key=lambda row: row["ms"], default=None)
@@ -273,10 +284,7 @@ def _draw_ratios(results: list[Result]):
 
     names, ratios, shares = [], [], []
     for result in results:
-        cells = compared(result)
-        for direction, title in DIRECTIONS.items():
-            variant = ORDINARY.get(result.operator, "")
-            pairs = [cells.get(Cell(level, direction, 2, variant), Pair(None, None, False)) for level in LEVELS]
+        for title, pairs in _ordinary(result, LEVELS).items():
             names.append(f"{result.operator} {title}")
             ratios.append([pair.ratio or float("nan") for pair in pairs])
             shares.append([share(pair.mine, result.environment) if pair.mine else float("nan") for pair in pairs])
@@ -412,10 +420,7 @@ def _summary(results: list[Result]) -> list[str]:
         if result.path.stem not in UNITS:
             continue
         key, unit, form = UNITS[result.operator]
-        cells = compared(result)
-        for direction, title in DIRECTIONS.items():
-            variant = ORDINARY.get(result.operator, "")
-            pairs = (cells.get(Cell(level, direction, 2, variant), Pair(None, None, False)) for level in UNET)
+        for title, pairs in _ordinary(result, UNET).items():
             texts = (" / ".join(form.format(row[key]) if row else "–" for row in pair[:2]) for pair in pairs)
             lines.append(f"| `{result.operator}` {title}, {unit} | {' | '.join(texts)} |")
     first = results[0].environment

@@ -2,7 +2,11 @@
 // values and of their 80 gates, so that what becomes of them needs no pass of its own (temporal_conv_gated.cuh). Each
 // warpgroup ends its rows of a tile by itself: while one does, others multiply, up to the stages that lie between them.
 //
-// Not measured yet.
+// A result takes 12 instructions; the bias is what sums begin with. What limits: at f1 a tile's five steps take 6,470
+// cycles, what comes before and behind them 5,400, and warpgroups do not stay far enough apart to hide them.
+//
+// Measured 2026-11-29 (H200, B = 2, a product of 686 TFLOP/s): 512 / 644 / 696 / 655 TFLOP/s at f1, f2, f4, f8, 0.442 /
+// 0.352 / 0.325 / 0.086 ms, where the projection alone takes cuBLAS 0.387 / 0.342 / 0.312 / 0.082.
 #include "linear_geglu.h"
 #include "temporal_conv_launch.cuh"
 

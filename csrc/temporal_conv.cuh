@@ -25,9 +25,10 @@
 // stage, 4 stages, 16 KB of results: 225 KB of 227. A step's products take 1280 cycles, its shared memory 1312: 56 KB
 // read by each warpgroup and 52 KB written.
 //
-// Measured 2026-11-29 (H200, B = 2, a product of 794 TFLOP/s): 646 / 739 / 778 / 639 TFLOP/s at f1, f2, f4, f8, of
-// which a cuBLAS product of the same size has 674 / 733 / 749 / 769; with bias and residual 546 / 690 / 721 / 625. The
-// weight's gradient: 487 / 703 / 752 / 619, the product 685 / 742 / 758 / 777.
+// Measured 2026-11-29 (H200, B = 2, a product of 707 TFLOP/s): 648 / 749 / 767 / 675 TFLOP/s at f1, f2, f4, f8, of
+// which a cuBLAS product of the same size has 677 / 733 / 742 / 776; with bias and residual 540 / 662 / 731 / 644; both
+// gradients 482 / 693 / 738 / 638. The weight's alone, before first results were stored in turn and in another run: 487
+// / 703 / 752 / 619.
 #pragma once
 
 #include "hopper/tma.cuh"

@@ -43,6 +43,12 @@ __device__ void begin_with_bias(const Gated& gated, int column, float (*sums)[kC
     const int at = half * gated.columns + min(column + 8 * eight, gated.columns - 8) + lane % 4 * 2;
     float low, high;
     hopper::unpack<Element>(__ldg(reinterpret_cast<const uint32_t*>(gated.bias + at * 2)), low, high);
+    // Where an instruction for floats defines what products add to, ptxas serialises them (C7515).
+    if constexpr (std::is_same_v<Element, __half>) {
+      const uint32_t nothing = gated.rows >> 31;  // which the compiler cannot know
+      low = __uint_as_float(__float_as_uint(low) ^ nothing);
+      high = __uint_as_float(__float_as_uint(high) ^ nothing);
+    }
 #pragma unroll
     for (int b = 0; b < kActive; b++) {
       sums[b][4 * i] = sums[b][4 * i + 2] = low;
