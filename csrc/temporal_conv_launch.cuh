@@ -25,12 +25,13 @@ int64_t workspace_for(const Tiling& tiling, int device) {
 template <typename Element, class C, Kind kKind>
 void launch(Arguments args, void* workspace, int device, cudaStream_t stream) {
   static_assert(kSharedBytes<C> <= 227 * 1024);
+  constexpr const char* kName = kKind == Kind::kGated ? "linear_geglu" : "temporal_conv";
   args.schedule = schedule_for<C>(args.tiling, device);
   if (args.schedule.cuts()) {
     const int64_t size = flags_bytes(args.schedule, C::kCluster * C::kGroups);
     args.flags = static_cast<uint32_t*>(workspace);
     args.partials = reinterpret_cast<float4*>(static_cast<char*>(workspace) + size);
-    check(cudaMemsetAsync(args.flags, 0, size, stream), "temporal_conv");
+    check(cudaMemsetAsync(args.flags, 0, size, stream), kName);
   }
   static OncePerDevice once;
   prepare(once, convolve<Element, C, kKind>, device);
@@ -44,7 +45,7 @@ void launch(Arguments args, void* workspace, int device, cudaStream_t stream) {
   config.stream = stream;
   config.attrs = &cluster;
   config.numAttrs = 1;
-  check(cudaLaunchKernelEx(&config, convolve<Element, C, kKind>, args), "temporal_conv");
+  check(cudaLaunchKernelEx(&config, convolve<Element, C, kKind>, args), kName);
 }
 
 template <typename F>

@@ -170,9 +170,19 @@ def on_card(rows, channels, columns, backend="cuda"):
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("tiling", [0, 1, 2])
-@pytest.mark.parametrize("sizes", [(222, 72, 232), (400, 2048, 320), (5000, 320, 1280)], ids=str)
+@pytest.mark.parametrize(
+    "sizes",
+    [
+        (222, 72, 232),  # a whole tile lies past the last column
+        (400, 2048, 320),  # tiles that are cut
+        (5000, 320, 1280),  # whole ones, the first of a worker stored in turn
+        (6208, 640, 1280),  # both
+        (64, 64, 22400),  # of one step, with warpgroups that have no rows
+    ],
+    ids=str,
+)
 def test_every_tiling(sizes, tiling, monkeypatch):
-    """Also those that are not chosen; columns of which a whole tile lies past the end, and tiles that are cut."""
+    """Also those that are not chosen."""
     from univid.kernels.cuda import linear_geglu as kernel
 
     x, weight, bias = on_card(*sizes)
@@ -185,12 +195,13 @@ def test_every_tiling(sizes, tiling, monkeypatch):
 
 @pytest.mark.gpu
 def test_what_is_not_finite():
-    """As of its parts: an infinite gate is an infinite result, and NaN stays NaN."""
+    """An infinite gate is an infinite result, its negative one nothing, and NaN stays NaN."""
     x, weight, _ = (tensor.abs() for tensor in on_card(4, 64, 80))
     bias = torch.zeros(160, device="cuda", dtype=torch.bfloat16)
-    bias[80], bias[81] = torch.inf, torch.nan
+    bias[80], bias[81], bias[82] = torch.inf, torch.nan, -torch.inf
     out = linear_geglu(x, weight, bias, backend="cuda")
-    assert out[..., 0].isposinf().all() and out[..., 1].isnan().all() and out[..., 2:].isfinite().all()
+    assert out[..., 0].isposinf().all() and out[..., 1].isnan().all() and out[..., 3:].isfinite().all()
+    assert (out[..., 2].abs() < 1e-20).all()  # GELU's limit, where its formula has NaN
 
 
 @pytest.mark.gpu

@@ -244,8 +244,9 @@ def cuda_calls(dtype):
             yield "dual", inputs, asked, {}
         yield "dual", inputs | weights, ("q", "v_text", *weights), {}
 
-    # Tiles that are cut: of the output and x's gradient, and of the weight's.
-    for clips, frames, tokens, channels, channels_out, taps in ((2, 16, 10, 640, 328, 9), (8, 24, 37, 72, 328, 3)):
+    # Tiles that are cut: of the output and x's gradient, and of the weight's; many small ones, each of one step.
+    sizes_of_conv = ((2, 16, 10, 640, 328, 9), (8, 24, 37, 72, 328, 3), (1, 1, 64, 64, 44800, 1))
+    for clips, frames, tokens, channels, channels_out, taps in sizes_of_conv:
         x, weight = random(clips, frames, tokens, channels), random(channels_out, taps, channels).transpose(1, 2)
         inputs = {"x": x, "weight": weight, "bias": random(channels_out), "residual": None}
         yield "conv", inputs, ("x", "weight", "bias"), {}
@@ -268,8 +269,8 @@ def run_cuda_kernels():
                     out = apply(case, inputs, backend="cuda", **options)
                     torch.autograd.grad(out, wanted, incoming(out.detach()))
                     ran += 1
-        # Tiles that are cut in the second.
-        for *rows, channels, columns in ((2, 3, 37, 72, 232), (1, 1, 400, 2048, 320)):
+        # Tiles that are cut in the second, and many of one step in the third.
+        for *rows, channels, columns in ((2, 3, 37, 72, 232), (1, 1, 400, 2048, 320), (1, 1, 64, 64, 22400)):
             x, weight, bias = (
                 torch.randn(s, dtype=dtype).cuda() for s in ((*rows, channels), (2 * columns, channels), (2 * columns,))
             )
@@ -327,9 +328,9 @@ NOT_RACES = re.compile(r"backward<\w+, univid::<unnamed>::Config<\(bool\)1, \(bo
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("tool", ["memcheck", "initcheck", "racecheck"])
+@pytest.mark.parametrize("tool", ["memcheck", "initcheck", "racecheck", "synccheck"])
 def test_compute_sanitizer(tool):
-    """No access out of bounds, nothing read that was not written, no race. Every tensor has an allocation of its own."""
+    """No access out of bounds, nothing read that was not written, no race, no barrier that some miss. Every tensor has its own memory."""
     sanitizer = shutil.which("compute-sanitizer") or "/usr/local/cuda/bin/compute-sanitizer"
     if not Path(sanitizer).exists():
         pytest.skip("compute-sanitizer needed")

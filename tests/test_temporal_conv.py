@@ -100,6 +100,17 @@ def test_like_float64(case: ConvCase, run: Run):
     Tester.of(CONV, case, run).check(run.backend)
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("tiling", range(-1, 5))
+def test_whole_tiles_and_cut_ones(tiling, monkeypatch: pytest.MonkeyPatch):
+    """By the same workers: the first tile of each is stored in turn, the last one may be a piece."""
+    from univid.kernels.cuda import temporal_conv as kernel
+
+    monkeypatch.setattr(kernel, "_CHOSEN", tiling)
+    inputs, _ = ConvCase(id="mixed", B=4, T=12, N=400, C=128, C_out=640, K=9).arguments()
+    Tester(CONV, inputs, {}, dtype=BF16, device="cuda", name="mixed").check("cuda")
+
+
 def _around_itself(inputs: dict, options: dict, accumulate: torch.dtype | None) -> Tensor:
     return reference.temporal_conv(inputs["x"], inputs["weight"], inputs["bias"], inputs["x"], accumulate)
 
