@@ -1,12 +1,13 @@
 // linear_geglu for Hopper: temporal_conv's product of one tap (temporal_conv.cuh), whose 160 columns are those of 80
 // values and of their 80 gates, so that what becomes of them needs no pass of its own (temporal_conv_gated.cuh). Each
-// warpgroup ends its rows of a tile by itself: while one does, others multiply, up to the stages that lie between them.
+// warpgroup ends its rows of a tile by itself: while one does, others may multiply, as far ahead as stages go.
 //
-// A result takes 12 instructions; the bias is what sums begin with. What limits: at f1 a tile's five steps take 6,470
-// cycles, what comes before and behind them 5,400, and warpgroups do not stay far enough apart to hide them.
+// A result takes 12 instructions; the bias is what sums begin with. What limits: of some 11,900 cycles of a tile at f1
+// a warpgroup's five steps take 6,470, twice what they would alone, and the rest is not hidden.
 //
-// Measured 2026-11-29 (H200, B = 2, a product of 686 TFLOP/s): 512 / 644 / 696 / 655 TFLOP/s at f1, f2, f4, f8, 0.442 /
-// 0.352 / 0.325 / 0.086 ms, where the projection alone takes cuBLAS 0.387 / 0.342 / 0.312 / 0.082.
+// Measured 2026-11-29, with Φ nothing from gates of 8 on (H200, B = 2, a product of 686 TFLOP/s): 512 / 644 / 696 / 655
+// TFLOP/s at f1, f2, f4, f8, 0.442 / 0.352 / 0.325 / 0.086 ms, where the projection alone takes cuBLAS 0.387 / 0.342 /
+// 0.312 / 0.082.
 #include "linear_geglu.h"
 #include "temporal_conv_launch.cuh"
 

@@ -211,8 +211,8 @@ class Consumer {
   __device__ static int warp() { return threadIdx.x / 32 % 4; }
   __device__ static int lane() { return threadIdx.x % 32; }
 
-  // Of two whole tiles or more, warpgroups store their first ones one after the other. From then on they are apart:
-  // while one stores, others multiply; without it all would do the one, then all the other.
+  // Of two whole tiles or more, warpgroups store their first ones one after the other, so that they begin the next ones
+  // apart: measured, not explained (docs/kernel-notes.md).
   __device__ static void wait_for_turn() {
     if (group() > 0) asm volatile("bar.sync %0, 256;" ::"r"(C::kGroups + group()) : "memory");
   }
