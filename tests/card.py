@@ -4,6 +4,7 @@ One type and one head dimension, so that every kernel is compiled once.
 """
 
 import importlib.util
+import time
 
 import pytest
 import torch
@@ -36,6 +37,15 @@ def need(case, inputs, backend):
     """A CUDA kernel may refuse a call, for it says why; the other backends take it."""
     if reason := refusal(case, inputs, backend):
         (pytest.skip if backend == "cuda" else pytest.fail)(f"{backend}: {reason}")
+
+
+def need_memory(gigabytes):
+    """That much is free, or becomes so as other processes end their tests."""
+    until = time.monotonic() + 120
+    while (free := torch.cuda.mem_get_info()[0] / 1e9) < gigabytes:
+        if torch.cuda.mem_get_info()[1] / 1e9 < gigabytes or time.monotonic() > until:
+            pytest.skip(f"{gigabytes} GB needed, {free:.0f} GB free")
+        time.sleep(0.5)
 
 
 def on_card(case, seed=0, backend=None, **sizes):

@@ -1,6 +1,7 @@
 """Settings of every test: fixed seeds, no autotuning, and who runs where (``gpu``, ``interpreter``)."""
 
 import os
+from collections.abc import Iterator
 
 # Before univid is imported: kernels run in their default configuration, and nothing outside chooses a backend.
 os.environ["UNIVID_AUTOTUNE"] = "0"
@@ -24,6 +25,7 @@ def pytest_cmdline_main(config: pytest.Config) -> None:
         return
     if config.option.numprocesses is None and not config.option.usepdb:
         config.option.numprocesses = min(8, (os.cpu_count() or 2) // 2)
+    if config.option.numprocesses and config.option.dist == "no":
         config.option.dist = "loadgroup"
 
 
@@ -48,3 +50,11 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 @pytest.fixture(autouse=True)
 def _seeded() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def _shared_card(request: pytest.FixtureRequest) -> Iterator[None]:
+    """What a test is done with, other processes may need."""
+    yield
+    if request.node.get_closest_marker("gpu") is not None:
+        torch.cuda.empty_cache()

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
+from tests.card import need_memory
 from tests.tester import DTYPES, HALVES, Case, Operator, Random, Run, Tester, drawn_runs, every_run
 from univid.ops import geglu, linear_geglu, reference
 from univid.ops.explain import backends_for
@@ -235,8 +236,7 @@ def test_cuda_graph(backend):
 @pytest.mark.gpu
 def test_past_two_to_the_31():
     """The result has more than 2³¹ elements; the first rows and the last ones are compared."""
-    if torch.cuda.mem_get_info()[0] < 12e9:
-        pytest.skip("12 GB needed")
+    need_memory(12)
     rows, columns = 1_700_000, 1280
     x, weight, bias = on_card(rows, 64, columns)
     out = linear_geglu(x, weight, bias, backend="cuda")

@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 from tests.calls import apply, differentiate, incoming, leaves
-from tests.card import need, on_card, refusal, with_kernels
+from tests.card import need, need_memory, on_card, refusal, with_kernels
 from univid.ops import ReferenceFrames
 
 
@@ -115,8 +115,7 @@ LARGE = {  # inputs and outputs past 2³¹ elements; the dimension that is cut, 
 def test_past_two_to_the_31(case, backend):
     """The first rows and the last ones against the reference on them alone; only the last have a gradient."""
     sizes, dim, length = LARGE[case]
-    if torch.cuda.mem_get_info()[0] < 70e9:
-        pytest.skip("70 GB needed")
+    need_memory(70)
     inputs = on_card(case, **sizes) | ({"text_weight": 0.5} if case == "dual" else {})
     need(case, inputs, backend)
     first = next(iter(inputs))
