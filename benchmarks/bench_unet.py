@@ -42,6 +42,7 @@ KINDS = {
     "aten::cudnn_convolution": "convolution",
     "aten::mm": "linear",
     "aten::addmm": "linear",
+    "univid::linear_geglu": "linear",
 }
 
 

@@ -2,12 +2,13 @@
 // values and of their 80 gates, so that what becomes of them needs no pass of its own (temporal_conv_gated.cuh). Each
 // warpgroup ends its rows of a tile by itself: while one does, others may multiply, as far ahead as stages go.
 //
-// A result takes 12 instructions; the bias is what sums begin with. What limits: of some 11,900 cycles of a tile at f1
-// a warpgroup's five steps take 6,470, twice what they would alone, and the rest is not hidden.
+// A result takes 12 instructions; the bias is what sums begin with. What limits, counted when consumers still reckoned
+// where a tile lies (f1 then took 1.5% longer): of some 11,900 cycles of a tile at f1 a warpgroup's five steps take
+// 6,470, twice what they would alone, and the rest is not hidden.
 //
-// Measured 2026-11-29, with Φ nothing from gates of 8 on (H200, B = 2, a product of 686 TFLOP/s): 512 / 644 / 696 / 655
-// TFLOP/s at f1, f2, f4, f8, 0.442 / 0.352 / 0.325 / 0.086 ms, where the projection alone takes cuBLAS 0.387 / 0.342 /
-// 0.312 / 0.082.
+// Measured 2026-11-29 (H200, B = 2, a product of 698 TFLOP/s), replays: 490 / 596 / 664 / 647 TFLOP/s at f1, f2, f4,
+// f8, 0.462 / 0.380 / 0.341 / 0.088 ms; as single calls, which leave the card time to rest, 0.441 / 0.349 / 0.324 at f1
+// to f4. The projection alone takes cuBLAS 0.387 / 0.342 / 0.312 / 0.082 in another run.
 #include "linear_geglu.h"
 #include "temporal_conv_launch.cuh"
 

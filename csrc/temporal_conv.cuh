@@ -25,9 +25,9 @@
 // stage, 4 stages, 16 KB of results: 225 KB of 227. A step's products take 1280 cycles, its shared memory 1312: 56 KB
 // read by each warpgroup and 52 KB written.
 //
-// Measured 2026-11-29 (H200, B = 2, a product of 707 TFLOP/s): 648 / 749 / 767 / 675 TFLOP/s at f1, f2, f4, f8, of
-// which a cuBLAS product of the same size has 677 / 733 / 742 / 776; with bias and residual 540 / 662 / 731 / 644; both
-// gradients 482 / 693 / 738 / 638. The weight's alone, before first results were stored in turn and in another run: 487
+// Measured 2026-11-29 (H200, B = 2, a product of 709 TFLOP/s): 649 / 749 / 808 / 671 TFLOP/s at f1, f2, f4, f8, of
+// which a cuBLAS product of the same size has 682 / 728 / 744 / 765; with bias and residual 543 / 697 / 758 / 652; both
+// gradients 488 / 710 / 755 / 643. The weight's alone, before first results were stored in turn and in another run: 487
 // / 703 / 752 / 619.
 #pragma once
 
@@ -79,6 +79,7 @@ struct Shared {
   alignas(1024) char left[C::kStages][C::kTileBlocks][kBlockBytes];
   alignas(1024) char right[C::kStages][C::kRightBytes];
   alignas(1024) char out[C::kGroups * 4][C::kSlots][kPartBytes];
+  Place places[C::kStages];  // of the tile whose first step a stage holds: its divisions take as long as some products
   Ring<C::kStages> ring;
 };
 
@@ -129,6 +130,8 @@ __device__ void produce(const Arguments& args, Shared<C>& shared, int worker, in
   while (advance(args.schedule, worker, piece)) {
     const Place place(t, piece.tile);
     const int column = first_column<C, kKind>(place, rank), end = min(piece.end, place.steps);
+    wait(&shared.ring.free[at.slot], at.round ^ 1);
+    shared.places[at.slot] = place;
     int row[C::kTileBlocks], clip[C::kTileBlocks];
 #pragma unroll
     for (int b = 0; b < C::kTileBlocks; b++) {
@@ -185,10 +188,11 @@ class Consumer {
   __device__ void run() {
     Piece piece;
     while (advance(args_.schedule, worker(), piece)) {
-      const Place place(args_.tiling, piece.tile);
+      wait(&shared_.ring.filled[at_.slot], at_.round);
+      const Place place = read_place(at_.slot);
       const int blocks = (place.height + C::kGroups - 1 - group()) / C::kGroups,
                 steps = min(piece.end, place.steps) - piece.begin;
-      const bool is_first = piece.begin == 0;
+      const bool is_first = piece.begin == 0, is_whole = is_first && piece.end >= place.steps;
       if (blocks == C::kBlocks)
         multiply<C::kBlocks>(place, is_first, steps);
       else if (C::kBlocks > 1 && blocks == 1)
@@ -197,7 +201,7 @@ class Consumer {
         multiply<0>(place, is_first, steps);
       const bool takes_turns = piece.tile == worker() && worker() + args_.schedule.workers < args_.schedule.whole;
       if (takes_turns) wait_for_turn();
-      if ((is_first && piece.end >= place.steps) || add_pieces(piece.tile, blocks)) store(place, blocks);
+      if (is_whole || add_pieces(piece.tile, blocks)) store(place, blocks);
       if (takes_turns) pass_turn();
     }
     if (lane() == 0) ptx::cp_async_bulk_wait_group(ptx::n32_t<0>());
@@ -210,6 +214,13 @@ class Consumer {
   __device__ static int group() { return __shfl_sync(~0u, threadIdx.x / 128, 0); }
   __device__ static int warp() { return threadIdx.x / 32 % 4; }
   __device__ static int lane() { return threadIdx.x % 32; }
+
+  // Read by the lane that arrives on the slot's `free` barrier: racecheck takes reads by the others for races.
+  __device__ Place read_place(int slot) const {
+    Place place{};
+    if (lane() == (C::kCluster > 1 ? rank() : 0)) place = shared_.places[slot];
+    return place.from_lane((C::kCluster > 1 ? rank() : 0));
+  }
 
   // Of two whole tiles or more, warpgroups store their first ones one after the other, so that they begin the next ones
   // apart: measured, not explained (docs/kernel-notes.md).

@@ -37,12 +37,14 @@ constexpr int kGatedPartColumns = kColumns / 4;
 // What a tile's sums begin with: a lane's two columns of each eight, for both of its rows.
 template <typename Element, int kColumns, int kActive>
 __device__ void begin_with_bias(const Gated& gated, int column, float (*sums)[kColumns / 2], int lane) {
+  const char* const from = gated.bias + (column + lane % 4 * 2) * 2;
 #pragma unroll
   for (int i = 0; i < kColumns / 8; i++) {
-    const int half = i / (kColumns / 16), eight = i % (kColumns / 16);
-    const int at = half * gated.columns + min(column + 8 * eight, gated.columns - 8) + lane % 4 * 2;
+    const int eight = i % (kColumns / 16);
+    const char* const at = (i == eight ? from : from + gated.columns * 2) + eight * 16;
+    const uint32_t pair = column + 8 * eight < gated.columns ? __ldg(reinterpret_cast<const uint32_t*>(at)) : 0;
     float low, high;
-    hopper::unpack<Element>(__ldg(reinterpret_cast<const uint32_t*>(gated.bias + at * 2)), low, high);
+    hopper::unpack<Element>(pair, low, high);
     // Where an instruction for floats defines what products add to, ptxas serialises them (C7515).
     if constexpr (std::is_same_v<Element, __half>) {
       const uint32_t nothing = gated.rows >> 31;  // which the compiler cannot know

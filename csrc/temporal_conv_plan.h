@@ -85,6 +85,20 @@ struct Place {
   int column_tile;       // of the weight's gradient: of its tap
   int first_tap, steps;  // of the taps that meet its clip; of the weight's gradient: its tap
 
+  Place() = default;
+#ifdef __CUDACC__
+  // That of a lane, in all of the warp.
+  __device__ Place from_lane(int lane) const {
+    Place place;
+    place.block = __shfl_sync(~0u, block, lane);
+    place.height = __shfl_sync(~0u, height, lane);
+    place.column_tile = __shfl_sync(~0u, column_tile, lane);
+    place.first_tap = __shfl_sync(~0u, first_tap, lane);
+    place.steps = __shfl_sync(~0u, steps, lane);
+    return place;
+  }
+#endif
+
   UNIVID_BOTH Place(const Tiling& t, int tile) {
     const int row_tile = tile / t.column_tiles;
     column_tile = tile - row_tile * t.column_tiles;
