@@ -43,8 +43,11 @@ def need_memory(gigabytes):
     """That much is free, or becomes so as other processes end their tests."""
     until = time.monotonic() + 120
     while (free := torch.cuda.mem_get_info()[0] / 1e9) < gigabytes:
-        if torch.cuda.mem_get_info()[1] / 1e9 < gigabytes or time.monotonic() > until:
-            pytest.skip(f"{gigabytes} GB needed, {free:.0f} GB free")
+        if torch.cuda.mem_get_info()[1] / 1e9 < gigabytes:
+            pytest.skip(f"{gigabytes} GB needed, and the card has no more than {free:.0f} GB free")
+        assert time.monotonic() < until, (
+            f"{gigabytes} GB needed, {free:.0f} GB free: what else holds the card's memory?"
+        )
         time.sleep(0.5)
 
 

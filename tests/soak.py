@@ -26,7 +26,7 @@ _DRAWS = 50  # until one is found that the backend takes
 
 
 def pyramid(draw: random.Random) -> tuple[Operator, Case]:
-    frames, tokens, heads = draw.randint(1, 9), _tokens(draw), draw.randint(1, 4)
+    frames, tokens, heads = draw.randint(1, 9), _tokens(draw), _heads(draw)
     sizes = {"B": draw.randint(1, 3), "T": frames, "N": tokens, "H": heads, "grad": draw.choice(GRADS)}
     own = draw.random() < 0.5  # keys of the queries' own number and size
     key_frames = frames if own else draw.randint(1, 9)
@@ -42,6 +42,11 @@ def pyramid(draw: random.Random) -> tuple[Operator, Case]:
 
 def _tokens(draw: random.Random) -> int:
     return draw.choice((draw.randint(3, 40), draw.randint(41, 300), 16 * draw.randint(1, 16), 12 * draw.randint(1, 20)))
+
+
+def _heads(draw: random.Random) -> int:
+    """Sometimes so many that a GPU's blocks compute one tile after another."""
+    return draw.randint(8, 20) if draw.random() < 0.2 else draw.randint(1, 4)
 
 
 def _references(draw: random.Random, clips: int, frames: int, key_frames: int) -> ReferenceFrames | torch.Tensor:
@@ -75,13 +80,16 @@ def temporal(draw: random.Random) -> tuple[Operator, Case]:
 
 def dual_stream(draw: random.Random) -> tuple[Operator, Case]:
     clips, queries = draw.randint(1, 3), (draw.randint(1, 6), draw.randint(3, 200))
+    heads = draw.randint(1, 4)
+    if draw.random() < 0.2:  # several tiles for each warpgroup of a GPU
+        queries, heads = (queries[0], draw.randint(500, 1500)), 8
     weights = (1.0, 0.7, -0.4, (), (clips,), (1, queries[0]), (clips, queries[0]))
     text, image = draw.choice(((77, 257), (draw.randint(3, 90), draw.randint(3, 300)), (77, 0), (0, 257)))
     return DUAL, DualCase(
         id="dual-stream",
         B=clips,
         queries=queries,
-        H=draw.randint(1, 4),
+        H=heads,
         text=text,
         image=image,
         text_weight=draw.choice(weights) if text else 1.0,

@@ -21,7 +21,7 @@ BACKENDS = (None, "torch", "reference")
 backends = pytest.mark.parametrize("backend", BACKENDS)
 
 
-def arguments(operator):
+def arguments(operator, *, D=D, C=C, C_OUT=C_OUT):
     """Arguments that the operator takes, by name."""
     randn = partial(torch.randn, generator=torch.Generator().manual_seed(0))
     frames, packed, prompt = (B, T, N, H, D), (B, T, N, 3, H, D), (B, LENGTH, H, D)

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from tests.tester import DTYPES, LARGE_LOGITS, Case, Operator, Random, Run, Tester, drawn_runs, every_run
+from tests.tester import DTYPES, HALVES, LARGE_LOGITS, Case, Operator, Random, Run, Tester, drawn_runs, every_run
 from univid.ops import dual_stream_attn, reference
 
 BF16, FP16, FP32 = DTYPES
@@ -109,19 +109,31 @@ class DualCase(Case):
 SMALL = {"queries": (3, 7), "H": 1}
 ONCE = {"interpreted": (FP32,), "small": SMALL}
 TWICE = {"interpreted": (FP16, FP32), "small": SMALL}
+WEIGHTS = ("text_weight", "image_weight")
 KEYS = ("k_text", "v_text", "k_image", "v_image")
+# 1264 tiles of 64 queries: several for each warpgroup of 132 multiprocessors, across clips and heads; one to four tiles of keys.
+LARGE = {"queries": (5, 1000), "H": 8, "dtypes": HALVES, "compiled": HALVES, "large": True}
 
 CASES = [
     DualCase(id="remainders", compiled=DTYPES, **TWICE),
     DualCase(id="clip-lengths", text=77, image=257),
+    DualCase(id="large", text=77, image=257, **LARGE),
+    DualCase(id="large-weights", text=77, image=257, text_weight=(2,), image_weight=(2, 5), **LARGE),
+    DualCase(id="large-gates", text=77, image=257, text_weight=(), image_weight=(1, 5), layouts=("packed",) * 3, **LARGE),
+    DualCase(id="large-long-text", text=200, image=9, text_weight=(2, 5), image_weight=(2,), **LARGE),
+    DualCase(id="large-text-only", text=300, image=0, text_weight=(2, 1), **LARGE),
+    DualCase(id="large-image-only", text=0, image=257, image_weight=(2, 5), **LARGE),
+    DualCase(id="large-needs-weights", text=77, image=257, text_weight=(2, 5), image_weight=(2, 5), needs=WEIGHTS, **LARGE),
+    DualCase(id="large-needs-v", text=77, image=257, image_weight=(2, 5), needs=("v_text", "v_image"), **LARGE),
+    DualCase(id="clip-weights", text=77, image=257, text_weight=(2,), image_weight=(2, 5), compiled=HALVES),
     DualCase(id="long-streams", text=300, image=515, queries=(2, 37)),
     DualCase(id="one-key", text=1, needs=("v_text", "k_image", "v_image"), **ONCE),
-    DualCase(id="text-only", image=0, **ONCE),
-    DualCase(id="image-only", text=0, **ONCE),
+    DualCase(id="text-only", image=0, compiled=HALVES, **ONCE),
+    DualCase(id="image-only", text=0, compiled=HALVES, **ONCE),
     DualCase(id="text-weight-0", text_weight=0, **ONCE),
     DualCase(id="image-weight-0", image_weight=0.0),
     DualCase(id="negative-weight", image_weight=-1.5),
-    DualCase(id="gate", text_weight=(), image_weight=(), **ONCE),
+    DualCase(id="gate", text_weight=(), image_weight=(), compiled=HALVES, **ONCE),
     DualCase(id="gate-float32", text_weight=(), image_weight=(2,), weight_dtype=torch.float32),
     DualCase(id="weights-clip-frame", text_weight=(2,), image_weight=(2, 5)),
     DualCase(id="weights-frame", text_weight=(1, 3), image_weight=1.0, queries=(3, 7), **ONCE),
@@ -130,7 +142,7 @@ CASES = [
     DualCase(id="rank3", queries=(), text_weight=(2,), interpreted=(FP32,)),
     DualCase(id="rank4", queries=(37,), text_weight=(2, 37), image_weight=(1, 37)),
     DualCase(id="rank6", queries=(3, 5, 7), text_weight=(2, 3), image_weight=(1, 3, 5, 1), interpreted=(FP32,), small={"H": 1}),
-    DualCase(id="packed", layouts=("packed", "packed", "packed")),
+    DualCase(id="packed", layouts=("packed", "packed", "packed"), compiled=HALVES),
     DualCase(id="sliced", layouts=("sliced", "sliced", "sliced"), **ONCE),
     DualCase(id="odd", layouts=("odd", "odd", "odd"), **ONCE),
     DualCase(id="expanded", layouts=("expanded0", "expanded0", "expanded0"), **ONCE),
@@ -142,7 +154,7 @@ CASES = [
     DualCase(id="logits-1e4", **LARGE_LOGITS, interpreted=(FP16,), small=SMALL),
     DualCase(id="needs-nothing", needs=()),
     DualCase(id="needs-q", needs=("q",), **ONCE),
-    DualCase(id="needs-keys", needs=KEYS, **ONCE),
+    DualCase(id="needs-keys", needs=KEYS, compiled=HALVES, **ONCE),
     DualCase(id="needs-k_text", needs=("k_text",)),
     DualCase(id="needs-v_image", needs=("v_image",), **ONCE),
     DualCase(id="needs-weight", text_weight=(2,), needs=("text_weight",), **ONCE),
@@ -165,7 +177,7 @@ def test_like_float64(case: DualCase, run: Run):
         assert not results["v_text"].any()
 
 
-@drawn_runs(DUAL, (BF16, 8), (FP32, 24), (BF16, 64))
+@drawn_runs(DUAL, (BF16, 8), (FP32, 24), (BF16, 64), (torch.float16, 64))
 @settings(max_examples=15, deadline=None, derandomize=True)
 @given(st.data())
 def test_drawn_sizes(run: Run, fixed: list, data: st.DataObject):

@@ -233,6 +233,7 @@ def test_cuda_graph(backend):
         assert torch.equal(out, linear_geglu(x, weight, bias, backend=backend))
 
 
+@pytest.mark.xdist_group("memory")
 @pytest.mark.gpu
 def test_past_two_to_the_31():
     """The result has more than 2³¹ elements; the first rows and the last ones are compared."""

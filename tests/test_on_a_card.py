@@ -217,7 +217,8 @@ def cuda_calls(dtype):
     ]
     more = {
         "temporal": [(16, 2, 1, 32), (24, 2, 1, 32), (24, 2, 1, 40), (24, 2, 1, 128)],  # T and D known to the compiler
-        "pyramid": [(1, 200, 2, 64), (12, 200, 2, 64)],  # four warpgroups; the second leaves no round of tiles to share
+        # Four warpgroups, the second without a round of tiles to share; blocks that take another tile.
+        "pyramid": [(1, 200, 2, 64), (12, 200, 2, 64), (6, 70, 12, 64)],
         "norm": [(1, 2880, 1, 160)],
     }
     attention = ("temporal", "temporal_qkv", "pyramid", "pyramid_qkv", "dual", "dual-text")
@@ -243,6 +244,11 @@ def cuda_calls(dtype):
         for asked in (("q", "k_text", "v_text"), ("q",), ("k_text",), ("v_text",)):
             yield "dual", inputs, asked, {}
         yield "dual", inputs | weights, ("q", "v_text", *weights), {}
+
+    # Warpgroups that take another tile of queries, of another head and clip.
+    keys = {f"{x}_{name}": random(2, length, 8, 64) for name, length in (("text", 9), ("image", 100)) for x in "kv"}
+    inputs = {"q": random(2, 1, 4300, 8, 64), **keys, "text_weight": random(2, 1)}
+    yield "dual", inputs, ("q", "k_text", "v_image", "text_weight"), {}
 
     # Tiles that are cut: of the output and x's gradient, and of the weight's; many small ones, each of one step.
     sizes_of_conv = ((2, 16, 10, 640, 328, 9), (8, 24, 37, 72, 328, 3), (1, 1, 64, 64, 44800, 1))

@@ -89,6 +89,11 @@ RAGGED_CLIPS = torch.stack([RAGGED, RAGGED.flip(0)])
 ONCE = {"interpreted": (FP32,), "small": {"H": 1}}
 TWICE = {"interpreted": (FP16, FP32), "small": {"H": 1}}
 
+# Two rounds of tiles and more on 132 multiprocessors, of queries and of keys.
+LARGE = {"T": 6, "N": 180, "H": 24, "dtypes": HALVES, "compiled": HALVES, "large": True}
+LARGE_RAGGED = torch.tensor([[0, 0, 2], [4, -1, 3], [-1, -1, -1], [2, 3, 5], [-1, -1, 4], [5, 2, 0]])
+LARGE_CLIPS = torch.stack([LARGE_RAGGED, LARGE_RAGGED.flip(0)])
+
 LONG = {"B": 1, "T": 3, "H": 1, "refs": ReferenceFrames.previous(3), "compiled": (BF16, FP32), "interpreted": (FP32,)}
 
 CASES = [
@@ -102,14 +107,14 @@ CASES = [
     PyramidCase(id="first-frame", refs=ReferenceFrames.first(5)),
     PyramidCase(id="repeated-frame", refs=ReferenceFrames.sparse_causal(5), compiled=(BF16, FP32), **ONCE),
     PyramidCase(id="window", refs=ReferenceFrames.window(5, 1), compiled=(BF16, FP32)),
-    PyramidCase(id="ragged", refs=ReferenceFrames.from_table(RAGGED, 5), compiled=(BF16, FP32), **ONCE),
-    PyramidCase(id="ragged-clips", refs=ReferenceFrames.from_table(RAGGED_CLIPS, 5), **TWICE),
+    PyramidCase(id="ragged", refs=ReferenceFrames.from_table(RAGGED, 5), compiled=DTYPES, **ONCE),
+    PyramidCase(id="ragged-clips", refs=ReferenceFrames.from_table(RAGGED_CLIPS, 5), compiled=HALVES, **TWICE),
     PyramidCase(id="nothing-referenced", refs=ReferenceFrames.from_table(torch.full((5, 2), -1), 5), **ONCE),
     PyramidCase(id="raw-shared", refs=torch.tensor([3, 0, 3, 1]), **ONCE),
     PyramidCase(id="raw-shared-int32", refs=torch.tensor([4, -1, 2], dtype=torch.int32)),
     PyramidCase(id="raw-rows", refs=RAGGED),
     PyramidCase(id="raw-rows-int32", refs=RAGGED.int()),
-    PyramidCase(id="raw-clips", refs=RAGGED_CLIPS),
+    PyramidCase(id="raw-clips", refs=RAGGED_CLIPS, compiled=HALVES),
     PyramidCase(id="raw-clips-int32", refs=RAGGED_CLIPS.int().mT.contiguous().mT),
     PyramidCase(id="raw-one-clip", refs=RAGGED_CLIPS[:1]),
     PyramidCase(id="other-frames", Tk=7, Nk=21, refs=Random().table(2, 5, 4, frames=7), compiled=(BF16, FP32), **ONCE),
@@ -120,27 +125,36 @@ CASES = [
     PyramidCase(id="long-keys", N=60, Nk=569, small={"N": 9}, **LONG),
     PyramidCase(id="long-queries", N=569, Nk=60, small={"Nk": 9}, **LONG),
     PyramidCase(id="long-dense", B=1, T=2, N=569, H=1, refs=ReferenceFrames.all(2)),
-    PyramidCase(id="packed", layouts=("packed",) * 3),
-    PyramidCase(id="sliced", layouts=("sliced",) * 3),
+    PyramidCase(id="large", **LARGE, refs=ReferenceFrames.pyramid(6, 4)),
+    PyramidCase(id="large-ragged", **LARGE, refs=ReferenceFrames.from_table(LARGE_RAGGED, 6)),
+    PyramidCase(id="large-clips", **LARGE, refs=LARGE_CLIPS, layouts=("packed",) * 3),
+    PyramidCase(id="large-shared", **LARGE, refs=torch.tensor([3, 0, 3, 1])),
+    PyramidCase(id="large-four-warpgroups", **(LARGE | {"N": 200}), refs=ReferenceFrames.pyramid(6, 4)),
+    PyramidCase(id="large-dense", **(LARGE | {"T": 8, "N": 45, "H": 40}), refs=ReferenceFrames.all(8)),
+    # A last round of few tiles of keys, which blocks share.
+    PyramidCase(id="large-last-round", B=1, **(LARGE | {"T": 10, "N": 128, "H": 14}), refs=ReferenceFrames.all(10)),
+    PyramidCase(id="large-last-round-rest", B=1, **(LARGE | {"T": 10, "N": 130, "H": 16}), refs=torch.tensor([7, 0, 3, 9, 1, 2])),
+    PyramidCase(id="packed", layouts=("packed",) * 3, compiled=HALVES),
+    PyramidCase(id="sliced", layouts=("sliced",) * 3, compiled=HALVES),
     PyramidCase(id="odd", layouts=("odd",) * 3, **ONCE),
     PyramidCase(id="expanded-clips", layouts=("contiguous", "expanded0", "expanded0")),
-    PyramidCase(id="expanded-frames", layouts=("expanded0", "expanded1", "expanded1"), **ONCE),
+    PyramidCase(id="expanded-frames", layouts=("expanded0", "expanded1", "expanded1"), compiled=HALVES, **ONCE),
     PyramidCase(id="grad-ones", grad="ones"),
     PyramidCase(id="grad-transposed", grad="transposed", **ONCE),
     PyramidCase(id="grad-sliced", grad="sliced"),
     PyramidCase(id="grad-shifted", grad="shifted"),
-    PyramidCase(id="shared-unaligned-rest", T=3, N=70, refs=torch.tensor([2, 0])),
+    PyramidCase(id="shared-unaligned-rest", T=3, N=70, refs=torch.tensor([2, 0]), compiled=HALVES),
     PyramidCase(id="one-token-expanded", N=1, refs=ReferenceFrames.all(5), layouts=("expanded12", "contiguous", "contiguous")),
     PyramidCase(id="scaled", scale=0.3),
     PyramidCase(id="logits-1e4", **LARGE_LOGITS, interpreted=(FP16,), small={"H": 1}),
     PyramidCase(id="logits-1e4-dense", **LARGE_LOGITS, refs=ReferenceFrames.all(5)),
     PyramidCase(id="needs-nothing", needs=()),
-    PyramidCase(id="needs-q", needs=("q",)),
-    PyramidCase(id="needs-k", needs=("k",), **ONCE),
-    PyramidCase(id="needs-v", needs=("v",)),
+    PyramidCase(id="needs-q", needs=("q",), compiled=HALVES),
+    PyramidCase(id="needs-k", needs=("k",), compiled=HALVES, **ONCE),
+    PyramidCase(id="needs-v", needs=("v",), compiled=HALVES),
     PyramidCase(id="needs-q-k", needs=("q", "k")),
     PyramidCase(id="needs-q-v", needs=("q", "v"), **ONCE),
-    PyramidCase(id="needs-k-v", needs=("k", "v")),
+    PyramidCase(id="needs-k-v", needs=("k", "v"), compiled=HALVES),
     PyramidCase(id="needs-k-dense", needs=("k",), refs=ReferenceFrames.all(5)),
     PyramidCase(id="D8", D=8, H=2, **ONCE),
     PyramidCase(id="D24", D=24, H=2, compiled=(FP32,)),
@@ -187,7 +201,7 @@ def test_packed_like_float64(case: PackedCase, run: Run):
     Tester.of(PACKED, case, run).check(run.backend)
 
 
-@drawn_runs(PYRAMID, (BF16, 8), (FP32, 24), (BF16, 40), (FP32, 64), (BF16, 128))
+@drawn_runs(PYRAMID, (BF16, 8), (FP32, 24), (BF16, 40), (FP32, 64), (BF16, 64), (FP16, 64), (BF16, 128))
 @settings(max_examples=12, deadline=None, derandomize=True)
 @given(st.data())
 def test_drawn_sizes(run: Run, fixed: list, data: st.DataObject):

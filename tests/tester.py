@@ -69,6 +69,7 @@ class Case:
     compiled: tuple[torch.dtype, ...] = (torch.bfloat16,)  # with compiled kernels; every combination costs seconds
     interpreted: tuple[torch.dtype, ...] = ()  # in Triton's interpreter, which is slow, and cannot multiply bfloat16
     small: dict[str, int] = field(default_factory=dict)  # other sizes there
+    large: bool = False  # a GPU's blocks compute one tile after another; on a GPU alone
 
     def arguments(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         raise NotImplementedError
@@ -94,7 +95,7 @@ class Run(NamedTuple):
         return [] if self.place == "cpu" else [getattr(pytest.mark, self.place)]
 
     def takes(self, case: Case) -> bool:
-        if self.dtype not in case.dtypes:
+        if self.dtype not in case.dtypes or (case.large and self.place != "gpu"):
             return False
         if self.place == "interpreter":
             return self.dtype in case.interpreted
