@@ -71,7 +71,9 @@ _TITLES = {
 
 
 def _unet(result: Result) -> list[str]:
-    lines = ["| | TFLOP | forward, ms | TFLOP/s | forward and backward, ms | TFLOP/s | memory, GB | held, GB |"]
+    lines = [
+        "| | TFLOP | forward, ms | TFLOP/s | forward and backward, ms | TFLOP/s | memory of each, GB | held of each, GB |"
+    ]
     lines.append("|---" * 8 + "|")
     names = dict.fromkeys(row["implementation"] for row in result.rows)
     for name in names:
@@ -82,9 +84,9 @@ def _unet(result: Result) -> list[str]:
         cells = [f"{fwd['tflop']:.1f}" if fwd else "–"]
         for row in (fwd, both):
             cells += [f"{row['ms']:.1f}", f"{row['tflops']}"] if row else ["–", "–"]
-        row = both or fwd
-        cells.append("–" if "CUDA graph" in name else _gigabytes(row, "peak_mb"))
-        cells.append(_gigabytes(row, "reserved_mb"))
+        for key in ("peak_mb", "reserved_mb"):
+            shown = [_gigabytes(row, key) if row else "–" for row in (fwd, both)]
+            cells.append("–" if key == "peak_mb" and "CUDA graph" in name else "; ".join(shown))
         lines.append(f"| {name} | {' | '.join(cells)} |")
     failures = [row for row in result.rows if "failure" in row]
     lines += ["", *(f"{row['implementation']}: {row['failure']}." for row in failures)] if failures else []

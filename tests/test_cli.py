@@ -208,6 +208,7 @@ def test_doctor(capsys):
         (["x", "--device", "phone"], "--device: got 'phone'; cuda or cpu needed"),
         (["x", "--device", "cpu:one"], "--device: got 'cpu:one'; cuda or cpu needed"),
         (["x", "--num-frames", "0"], "num_frames: got 0"),
+        (["x", "--num-frames", "0", "-o", "x.png"], "num_frames: got 0"),
         (["x", "--text-weight", "0"], "both are absent"),
         (["x", "--text-weight", "1,2"], "text_weight: got 2 weights, 3 needed"),
         (["x", "--sweep", "0,1"], "PROMPT and --image are needed"),
@@ -258,6 +259,7 @@ def test_bad_input(model, picture, tmp_path, capsys, monkeypatch, arguments, err
             "univid generate: argument --text-weight: got '1=1,1=2'; one weight",
         ),
         (["generate", "x", "--fps", "fast"], "univid generate: argument --fps: invalid float value: 'fast'"),
+        (["generate", "x", "two\nlines"], "univid: unrecognized arguments: two\\nlines; `univid --help` shows"),
     ],
 )
 def test_usage_errors(capsys, arguments, error):
@@ -286,7 +288,15 @@ def test_wrong_keys(model, tmp_path, capsys):
     path = tmp_path / "model" / "unet" / "diffusion_pytorch_model.safetensors"
     save_file({"extra" if name == "conv_in.bias" else name: x for name, x in load_file(path).items()}, path)
     assert main(["generate", "x", "--model", str(tmp_path / "model"), "-o", str(tmp_path / "x.mp4")]) == 2
-    assert capsys.readouterr().err == f"univid: path: {path.parent} misses conv_in.bias\n"
+    assert capsys.readouterr().err == f"univid: path: {path.parent} misses conv_in.bias and has left over extra\n"
+
+
+def test_no_backend(monkeypatch, tmp_path, capsys):
+    """Said before anything is loaded."""
+    monkeypatch.setenv("UNIVID_BACKEND", "cudnn")
+    assert main(["generate", "x", "-o", str(tmp_path / "x.mp4")]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("univid: UNIVID_BACKEND: got 'cudnn'") and len(error.splitlines()) == 1
 
 
 def test_a_configuration_that_is_none(model, tmp_path, capsys):

@@ -150,6 +150,32 @@ def test_low_memory_agrees(pipe, monkeypatch):
     assert np.array_equal(frames(slow, "a cat", RED), b)  # CLIP came back whole
 
 
+def test_keys_and_values_are_computed_once(pipe):
+    """For all steps, of text and of image."""
+    calls = []
+    hooks = [
+        layer.register_forward_hook(lambda *_: calls.append(1))
+        for transformer in pipe.unet.transformers()
+        for layer in (transformer.cross_attention.to_k, transformer.cross_attention.to_v_image)
+    ]
+    frames(pipe, "a cat", RED, steps=3)
+    for hook in hooks:
+        hook.remove()
+    assert len(calls) == len(hooks)
+
+
+def test_frames_are_decoded_in_chunks(pipe):
+    """And with channels last."""
+    seen = []
+    hook = pipe.vae.vae.decoder.register_forward_pre_hook(lambda _, given: seen.append(given[0]))
+    frames(pipe, "a cat", num_videos=2)
+    hook.remove()
+    assert max(len(x) for x in seen) <= pipe.vae.chunk < sum(len(x) for x in seen)
+    assert all(x.is_contiguous(memory_format=torch.channels_last) for x in seen)
+    weight = pipe.vae.vae.decoder.conv_in.weight
+    assert weight.is_contiguous(memory_format=torch.channels_last) and not weight.is_contiguous()
+
+
 def test_same_seed_same_video_whatever_the_batch(pipe):
     pair = frames(pipe, "a cat", seed=5, num_videos=2)
     for i in range(2):

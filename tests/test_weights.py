@@ -239,6 +239,10 @@ def folder(pipeline, tmp_path):
             lambda t: t.update({"conv_in.weight": torch.zeros(32, 9, 3, 3)}),
             r"has other shapes: conv_in\.weight \(32, 9, 3, 3\) for \(32, 4, 3, 3\)$",
         ),
+        (
+            lambda t: t.update({"conv_in.bias": torch.zeros(32, dtype=torch.int8), "extra": t.pop("conv_out.bias")}),
+            r"misses conv_out\.bias and has left over extra and has no floating-point numbers in conv_in\.bias \(int8\)$",
+        ),
     ],
 )
 def test_wrong_keys(folder, change, error):

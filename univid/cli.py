@@ -73,6 +73,7 @@ def generate(options: argparse.Namespace) -> int:
     from univid.arguments import check_num_videos
     from univid.checkpoint import find
     from univid.data.files import check_writable, numbered
+    from univid.ops.dispatch import wanted_by_environment
     from univid.pipeline import SETTINGS, UniVidPipeline, read_settings
 
     grid = _sweep(options)
@@ -80,7 +81,12 @@ def generate(options: argparse.Namespace) -> int:
         raise ValueError("PROMPT, --image: got neither; at least one is needed")
     model, output = find(options.model), Path(options.output)
     check_num_videos(options.num_videos)
-    num_frames = options.num_frames or read_settings(model / SETTINGS).num_frames
+    wanted_by_environment()
+    num_frames = options.num_frames
+    if num_frames is None:
+        num_frames = read_settings(model / SETTINGS).num_frames
+    elif num_frames < 1:
+        raise ValueError(f"num_frames: got {num_frames}; at least 1 needed")
     for name in numbered(output, options.num_videos):  # before the model is loaded, let alone sampled
         check_writable(name, num_frames)
     device = _device(options.device)
@@ -262,7 +268,8 @@ def _score(text: str) -> tuple[str, float]:
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         """In one line, as every other."""
-        self.exit(2, f"{self.prog}: {message}; `{self.prog} --help` shows what there is\n")
+        line = f"{self.prog}: {message}".replace("\n", "\\n")
+        self.exit(2, f"{line}; `{self.prog} --help` shows what there is\n")
 
 
 def _parser() -> argparse.ArgumentParser:

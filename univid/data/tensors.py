@@ -78,21 +78,29 @@ def check_safetensors(path: Path) -> None:
 
 
 def check_keys(source: Path | str, expected: Mapping[str, Size], tensors: Mapping[str, Tensor]) -> None:
-    """Raises ValueError, which lists the keys of a file that are missing, left over, or of another shape."""
-    _refuse(source, "misses", expected.keys() - tensors.keys())
-    _refuse(source, "has left over", tensors.keys() - expected.keys())
-    wrong = {
-        f"{name} {tuple(tensors[name].shape)} for {tuple(shape)}"
-        for name, shape in expected.items()
-        if tensors[name].shape != shape
+    """Raises ValueError, which lists the keys of a file that are missing, left over, of another shape, or no floating-point
+    numbers."""
+    there = {name: tensors[name] for name in expected.keys() & tensors.keys()}
+    faults = {
+        "misses": expected.keys() - tensors.keys(),
+        "has left over": tensors.keys() - expected.keys(),
+        "has other shapes:": {
+            f"{name} {tuple(x.shape)} for {tuple(expected[name])}"
+            for name, x in there.items()
+            if x.shape != expected[name]
+        },
+        "has no floating-point numbers in": {
+            f"{name} ({x.dtype})".replace("torch.", "") for name, x in there.items() if not x.is_floating_point()
+        },
     }
-    _refuse(source, "has other shapes:", wrong)
+    if any(faults.values()):
+        said = " and ".join(f"{what} {_listed(names)}" for what, names in faults.items() if names)
+        raise ValueError(f"path: {source} {said}")
 
 
-def _refuse(source: Path | str, what: str, keys: Collection[str]) -> None:
-    if keys:
-        more = f" and {len(keys) - 20} more" if len(keys) > 20 else ""
-        raise ValueError(f"path: {source} {what} {', '.join(sorted(keys)[:20])}{more}")
+def _listed(names: Collection[str]) -> str:
+    more = f" and {len(names) - 20} more" if len(names) > 20 else ""
+    return ", ".join(sorted(names)[:20]) + more
 
 
 def object_in(config: Mapping[str, Any], name: str, source: Path | str) -> dict[str, Any]:
