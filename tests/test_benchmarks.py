@@ -247,8 +247,8 @@ def test_report_of_models(folder):
     readme.write_text(readme.read_text() + f"{report_models.BEGIN}\nold\n{report_models.END}\nend\n")
     assert report.main([]) == 0
     page = (folder / "docs" / "benchmarks-models.md").read_text()
-    assert "| univid | 40.0 | 100.0 | 400 | 300.0 | 133 | 4.6 | 4.8 |" in page
-    assert "| a peer | 40.0 | 200.0 | 200 | – | – | 4.6 | 4.8 |" in page
+    assert "| univid | 40.0 | 100.0 | 400 | 300.0 | 133 | 4.6; 4.6 | 4.8; 4.8 |" in page
+    assert "| a peer | 40.0 | 200.0 | 200 | – | – | 4.6; – | 4.8; – |" in page
     assert "another: out of memory." in page
     assert "| univid, low memory | 6.00 s, 5.0 GB, 6.0 held | – | – |" in page
     assert (folder / "docs" / "benchmarks-nvidia-h200-unet.svg").exists()
