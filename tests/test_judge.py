@@ -149,6 +149,33 @@ def test_command_judges_what_the_pipeline_makes(checkpoint, tmp_path, monkeypatc
         assert [row["text's"] for row in rows] == [100, 100, 0, 0, 0]
 
 
+def test_command_asks_for_what_was_held_out(checkpoint, monkeypatch):
+    """From seeds of its own in training's place, and the same noise for clip i whatever the weights."""
+    from univid.data.shapes import Shapes
+    from univid.judge import Examination
+    from univid.pipeline import UniVidPipeline, Videos
+
+    pipe = UniVidPipeline.from_pretrained(checkpoint)
+    pipe.settings = dataclasses.replace(pipe.settings, height=64, width=64, num_frames=16)
+    examination = Examination(pipe, count=3, pairs=3, batch=2, seed=5)
+    sampled, seeds = [], []
+    sample = Shapes.sample
+    monkeypatch.setattr(
+        Shapes, "sample", lambda self, indices, **given: sampled.append(indices) or sample(self, indices, **given)
+    )
+
+    def make(self, prompts, pictures, seed, **_):
+        seeds.append(seed)
+        return Videos(torch.zeros(len(prompts or pictures), 16, 64, 64, 3, dtype=torch.uint8).numpy(), 8)
+
+    monkeypatch.setattr(UniVidPipeline, "__call__", make)
+    for name in ("t2v", "i2v", "ti2v", "sweep"):
+        sampled.clear(), seeds.clear()
+        getattr(examination, name)()
+        assert sampled and all(int(indices.min()) >= int(held_out(1)) for indices in sampled), name
+        assert seeds == [5, 7] * (10 if name == "sweep" else 1), name
+
+
 def test_command_judges_the_judge(checkpoint, tmp_path, capsys, monkeypatch):
     """True clips are read right, and nothing from an autoencoder that keeps nothing of them."""
     from univid.data.autoencoder import Autoencoder

@@ -57,6 +57,9 @@ def test_what_it_was_judged_by():
         for name, title in titles.items():
             shares = (found[name].get(what) for what in ("colour", "shape", "appearance", "motion"))
             assert [title, *("" if share is None else f"{share:.1f}" for share in shares)] in rows, (page, name)
+        for weights, steps in found["sweep"].items():
+            for first, whose in ((weights.replace("-", " - "), "image's"), ("", "text's")):
+                assert [first, f"the {whose}", *(f"{step[whose]:.1f}" for step in steps)] in rows, (page, weights)
 
 
 def test_text_to_video(pipe):

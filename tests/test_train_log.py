@@ -1,5 +1,6 @@
 """What a training tells: numbers and where they go, and the steps that it watches."""
 
+import itertools
 import json
 import math
 import sys
@@ -7,9 +8,11 @@ import threading
 from types import SimpleNamespace
 
 import pytest
+import torch
 
 from train.config import Config, load
-from train.log import FILE, Logs, Meter
+from train.flops import datasheet_rate, matrix_rate
+from train.log import FILE, Logs, Meter, Step
 from train.processes import processes
 
 
@@ -65,3 +68,37 @@ def test_wandb_that_is_not_installed_is_named(tmp_path, monkeypatch):
     config = load(Config, None, [f"run={tmp_path}/run", "log.tensorboard=false", "log.wandb=mine"])
     with pytest.raises(ValueError, match=r"^log\.wandb: got 'mine', needs the package wandb, which is not installed$"):
         Logs(config, SimpleNamespace(first=True), 0)
+
+
+def test_rates_count_all_ranks_and_all_waiting(monkeypatch):
+    """Of two steps in four seconds, on two ranks."""
+    clock = iter((0.0, 4.0))
+    monkeypatch.setattr("train.log.time", SimpleNamespace(perf_counter=lambda: next(clock)))
+    monkeypatch.setattr("train.log.matrix_rate", lambda *_: 100e12)
+    alone = SimpleNamespace(device=torch.device("cpu"), world_size=2, mean=lambda x: x, gather=lambda x: [x, x])
+    meter = Meter(Config(), alone, torch.float32)
+    loss = torch.tensor(1.0)
+    meter.steps = [Step("t2v", ["a"], loss, loss, 3, 40e12, 1e-3, waited) for waited in (0.5, 1.5)]
+    report = meter.report(torch.tensor(0))
+    wanted = {"clips/s": 3.0, "seconds/step": 2.0, "TFLOP/s": 20.0, "of matrix rate": 0.2, "data wait": 0.5}
+    assert {name: report[name] for name in wanted} == wanted
+
+
+def test_the_matrix_rate_is_that_of_a_product(monkeypatch):
+    clock = itertools.count()  # a second from one look to the next
+    monkeypatch.setattr("train.flops.time", SimpleNamespace(perf_counter=lambda: next(clock)))
+    matrix_rate.cache_clear()
+    assert matrix_rate(torch.device("cpu"), torch.float32) == 4 * 2 * 512**3
+    matrix_rate.cache_clear()
+
+
+def test_datasheets(monkeypatch):
+    """Dense bfloat16, as NVIDIA's have it."""
+    for name, rate in (
+        ("NVIDIA H200", 989e12),
+        ("NVIDIA H100 PCIe", 756e12),
+        ("NVIDIA A100-SXM4-80GB", 312e12),
+        ("a toy", None),
+    ):
+        monkeypatch.setattr(torch.cuda, "get_device_name", lambda _, name=name: name)
+        assert datasheet_rate(torch.device("cuda")) == rate

@@ -19,7 +19,7 @@ from tests.test_data import mp4, shards  # noqa: F401 - fixtures
 from tests.train_worker import configure, state_of, train
 from train import validation
 from train.bench import main as bench
-from train.config import CONFIGS, Config, Model, Stream, load
+from train.config import CONFIGS, Config, Model, Stream, Validation, load
 from train.data import Conditioned, Encoder, RenderedShapes
 from train.export import Export, export
 from train.export import main as export_main
@@ -28,7 +28,7 @@ from train.log import FILE
 from train.parts import Parts
 from train.processes import processes
 from train.stages import Draw
-from train.validation import grid
+from train.validation import grid, sample
 from univid import UniVidPipeline
 from univid.cli import main as univid
 from univid.data.judge import judge
@@ -466,6 +466,29 @@ def test_a_stream_of_shapes_draws_the_motions_it_is_told(start):
             with pytest.raises(ValueError, match=f"^streams.video{message}"):
                 RenderedShapes("video", dataclasses.replace(stream, **wrong), Encoder(parts, CPU, 8), joined, 0)
     assert Counter(judge(batch.frames).motion.tolist()) == {MOTIONS.index("clockwise"): 6, MOTIONS.index("up"): 6}
+
+
+def test_pictures_of_shapes_have_captions_without_motion(start):
+    stream = Stream(batch_size=60, num_frames=1)
+    parts = Parts(Model(start=str(start)), torch.float32, CPU)
+    with processes(device="cpu") as joined:
+        source = RenderedShapes("image", stream, Encoder(parts, CPU, 8), joined, 0)
+        captions = source.next().captions
+    assert captions == source.world.captions(source.world.sample(torch.arange(60)), "appearance")
+    assert captions != source.world.captions(source.world.sample(torch.arange(60)), "random")
+
+
+def test_validation_draws_the_same_from_step_to_step():
+    seen = []
+
+    def pipe(prompt, image, steps, seed, progress):
+        seen.append((prompt, image, steps, seed))
+        return SimpleNamespace(frames=torch.zeros(1, 2, 4, 4, 3, dtype=torch.uint8).numpy())
+
+    config = Validation(prompts=("a", "", "c"), images=("", "b.png", "c.png"), steps=7)
+    for _ in range(2):
+        assert len(sample(pipe, config)) == 3
+    assert seen == [("a", None, 7, 0), (None, "b.png", 7, 1), ("c", "c.png", 7, 2)] * 2
 
 
 def test_a_grid_has_every_video_once():

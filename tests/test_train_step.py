@@ -1,11 +1,13 @@
 """What a step of training computes, on the CPU: conditions, loss, clipping, and what is computed again."""
 
+import time
 from collections import Counter
 from types import SimpleNamespace
 
 import pytest
 import torch
 from torch._dynamo.exc import FailOnRecompileLimitHit
+from torch.distributed.fsdp import FSDPModule
 
 from tests.calls import Seen
 from tests.train_worker import configure, state_of
@@ -17,7 +19,7 @@ from train.graphs import StepGraphs
 from train.parts import SCHEDULE
 from train.processes import processes
 from train.sharding import ATTENTION
-from train.stages import Draw
+from train.stages import Draw, reference_frames
 from univid.data.batch import Batch
 
 CPU = torch.device("cpu")
@@ -57,6 +59,55 @@ def test_dropped_text_is_the_empty_prompt():
     ((text, image, choices),) = seen
     assert text[:, 0, 0].tolist() == [7, 1, 7] and image is sample.image
     assert choices == {"text_weight": 1.0, "image_weight": weight, "fps": sample.fps, "refs": {}}
+
+
+def test_the_loss_is_in_float32():
+    """Also of bfloat16, whose squares and means would be rounded."""
+    diffusion = Diffusion(SCHEDULE | {"prediction_type": "v_prediction"}, CPU)
+    prediction, target = torch.randn(2, 3, 1000).bfloat16()
+    loss = diffusion.loss(prediction, target, torch.zeros(3, dtype=torch.long))
+    exact = (prediction.double() - target.double()).square().mean()
+    assert loss.dtype == torch.float32 and (loss - exact).abs() <= 1e-6 * exact
+
+
+def test_every_block_is_sharded_by_itself(alone, tmp_path):
+    """So that no more than a few are there whole."""
+    trainer = Trainer(configure(tmp_path), alone)
+    blocks = list(trainer.model.blocks())
+    assert blocks and all(isinstance(module, FSDPModule) for module in (*blocks, trainer.model))
+
+
+@pytest.mark.parametrize(("replicas", "shape"), [(0, (2, 2)), (1, (4,)), (4, (4, 1))])
+def test_replicas_are_one_a_node(monkeypatch, replicas, shape):
+    """Two nodes of two: by default the shards lie inside a node."""
+    for name, value in (("RANK", "1"), ("WORLD_SIZE", "4"), ("LOCAL_RANK", "1"), ("LOCAL_WORLD_SIZE", "2")):
+        monkeypatch.setenv(name, value)
+    seen = []
+    monkeypatch.setattr("torch.distributed.init_process_group", lambda *_, **__: None)
+    monkeypatch.setattr("torch.distributed.destroy_process_group", lambda: None)
+    monkeypatch.setattr("train.processes.host_group", lambda: None)
+    monkeypatch.setattr("train.processes.init_device_mesh", lambda _, shape, **names: seen.append((shape, names)))
+    with processes(replicas, "cpu"):
+        pass
+    names = ("shard",) if len(shape) == 1 else ("replicate", "shard")
+    assert seen == [(shape, {"mesh_dim_names": names})]
+
+
+def test_waiting_for_data_is_counted(alone, tmp_path):
+    trainer = Trainer(configure(tmp_path), alone)
+    for source in trainer.sources.values():
+        source.next = lambda next=source.next: (time.sleep(0.2), next())[1]
+    assert 0.2 <= trainer.train_step().waited < 5
+
+
+def test_reference_frames_are_drawn_anew_in_training(alone, tmp_path):
+    unet = Trainer(configure(tmp_path), alone).model.unet.train()
+    drawn = {
+        tuple(refs[1].table.flatten().tolist())
+        for seed in range(20)
+        for refs in [reference_frames(unet, 4, torch.Generator().manual_seed(seed), CPU)]
+    }
+    assert len(drawn) > 1
 
 
 def test_min_snr_weights_are_the_configurations(alone, tmp_path):

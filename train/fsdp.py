@@ -22,6 +22,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))  # the folder that holds univ
 
 import torch
 from safetensors import SafetensorError
+from torch._dynamo.exc import FailOnRecompileLimitHit
 
 from train.checkpoint import Checkpoints, check_architecture
 from train.config import CONFIGS, Config, asks_for_help, load, need, one_line
@@ -282,7 +283,7 @@ def main(arguments: Sequence[str]) -> int:
                 if joined.first:
                     write_config(trainer.config)
                 trainer.run()
-    except (ValueError, OSError, RuntimeError, SafetensorError) as error:
+    except (ValueError, OSError, RuntimeError, SafetensorError, FailOnRecompileLimitHit) as error:
         rank = f"rank {os.environ['RANK']}: " if "RANK" in os.environ else ""
         lost = "another rank has ended: " if lost_peer(error) else ""
         print(f"{rank}{lost}{type(error).__name__}: {one_line(error)}", file=sys.stderr, flush=True)

@@ -138,8 +138,10 @@ def table(path: Path) -> list[str]:
     columns = (
         "steps of | ms | clips/s | TFLOP/s | of the matrix rate | memory, GiB | waiting for data | looks at the device"
     )
+    rates = [row["TFLOP/s"] / row["of matrix rate"] for row in rows.values() if "of matrix rate" in row]
     lines = [
-        f"{env['gpu']}, torch {env['torch']}, Triton {env['triton']}; a product of large matrices {env['gemm_tflops']:.0f} TFLOP/s:",
+        f"{env['gpu']}, torch {env['torch']}, Triton {env['triton']}; a product of large matrices {env['gemm_tflops']:.0f} TFLOP/s, and"
+        f" {min(rates):.0f} to {max(rates):.0f} at the start of each row's run, which is its matrix rate:",
         "",
         f"| | {columns} |",
         "|---" * 9 + "|",

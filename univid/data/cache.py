@@ -13,7 +13,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load
 
 from univid.data.batch import Sample
-from univid.data.shards import Shards
+from univid.data.shards import HEADER, Shards
 from univid.data.tensors import (
     LEFT_OUT,
     check_safetensors,
@@ -77,6 +77,8 @@ class Cached:
                 raise ValueError(
                     f"data: {path} and others: some are caches of `univid encode`, some hold clips; one kind needed"
                 )
+            if missing := [name for name in (*_NAMES, "num_frames") if name not in header]:
+                raise ValueError(f"data: {path}: {HEADER} has no {missing[0]}, as a cache of `univid encode` has")
             for name, called in _NAMES.items():
                 wanted = (expected or first)[name]
                 if header[name] != wanted:
