@@ -70,6 +70,12 @@ _TITLES = {
 }
 
 
+_FORWARD_ONLY = {
+    "univid, backend reference": "for what its backward keeps, every probability, is reckoned at more than the GPU's memory",
+    "Stable Video Diffusion, compiled": "which takes two minutes to compile",
+}
+
+
 def _unet(result: Result) -> list[str]:
     lines = [
         "| | TFLOP | forward, ms | TFLOP/s | forward and backward, ms | TFLOP/s | memory of each, GB | held of each, GB |"
@@ -88,6 +94,10 @@ def _unet(result: Result) -> list[str]:
             shown = [_gigabytes(row, key) if row else "–" for row in (fwd, both)]
             cells.append("–" if key == "peak_mb" and "CUDA graph" in name else "; ".join(shown))
         lines.append(f"| {name} | {' | '.join(cells)} |")
+    forward_only = [name for name in _FORWARD_ONLY if name in names]
+    lines += (
+        ["", *(f"{name}: the forward alone, {_FORWARD_ONLY[name]}." for name in forward_only)] if forward_only else []
+    )
     failures = [row for row in result.rows if "failure" in row]
     lines += ["", *(f"{row['implementation']}: {row['failure']}." for row in failures)] if failures else []
     for row in result.rows:
