@@ -5,13 +5,16 @@ import json
 import shutil
 
 import pytest
+import torch
 
 from tests.small_pipeline import make
 from tests.train_worker import configure
 from train.config import Config, Model, Stream
-from train.export import settings_of, write_history
+from train.export import fold_fps, settings_of, write_history
 from train.fsdp import Trainer
 from train.processes import processes
+from train.sharding import Denoiser
+from univid.model import UNetConfig
 from univid.pipeline import Settings
 
 
@@ -52,6 +55,27 @@ def test_a_validation_or_an_export_that_would_fail_is_refused_at_the_start(start
 def test_an_export_generates_what_it_was_trained_for(streams, expected):
     settings = settings_of(streams, Settings(steps=7), max_frames=20)
     assert (settings.num_frames, settings.height, settings.width, settings.fps, settings.steps) == (*expected, 7)
+
+
+def test_the_rate_that_all_clips_had_is_folded():
+    streams = {"video": Stream(fps=12), "image": Stream(num_frames=1, fps=8)}
+    config = dataclasses.replace(UNetConfig.load("tiny"), fps_conditioning=True)
+    model = Denoiser(config).eval()
+    torch.nn.init.normal_(model.unet.fps_embedding.linear_2.weight)
+    x, text = torch.randn(2, 3, 4, 8, 8), torch.randn(2, 5, model.unet.config.context_dim)
+    t = torch.tensor([3, 900])
+    with torch.no_grad():
+        told, untold = (model(x, t, text, None, fps=fps) for fps in (torch.full((2,), 12.0), None))
+        fold_fps(model, streams)
+        folded = model(x, t, text, None)
+    torch.testing.assert_close(folded, told, rtol=1e-4, atol=1e-5)
+    assert (told - untold).abs().max() > 0.01  # the test can fail
+    assert not any("fps" in name for name in model.state_dict()) and not model.unet.config.fps_conditioning
+    with pytest.raises(ValueError, match=r"^fold_fps: got True; the model has no embedding of the rate"):
+        fold_fps(model, streams)
+    other = Denoiser(config)
+    with pytest.raises(ValueError, match=r"this one saw \[8\.0, 12\]$"):
+        fold_fps(other, streams | {"more": Stream()})
 
 
 def test_an_export_onto_its_own_start_is_one_piece_of_its_history(tmp_path):

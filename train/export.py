@@ -41,6 +41,7 @@ class Export:
     step: int = 0  # of the checkpoint; 0: the last
     weights: Literal["ema", "model"] = "ema"
     dtype: Literal["float32", "float16", "bfloat16"] = "float32"
+    fold_fps: bool = False  # of a model that saw one rate: its embedding becomes a part of the noise level's
 
 
 def export(run: Path, out: Path, choices: Export = Export()) -> Path:
@@ -59,10 +60,31 @@ def export(run: Path, out: Path, choices: Export = Export()) -> Path:
     unet = UNetConfig.of(state["unet"])
     dtype: torch.dtype = getattr(torch, choices.dtype)
     model = assemble(unet, read_weights(found[step], choices.weights))
+    if choices.fold_fps:
+        fold_fps(model, config.streams)
     parts = Parts(config.model, dtype, torch.device("cpu"))
     pipeline_of(model.to(dtype), state["stage"], parts, config.streams).save_pretrained(out)
     write_history(out, config, {"steps": step})
     return found[step]
+
+
+@torch.no_grad()
+def fold_fps(model: Denoiser, streams: Mapping[str, Stream]) -> None:
+    """Make the embedding of the rate that all clips had a part of the noise level's bias: two layers less, and clips are the same.
+    (A picture, whose rate training does not tell, gets it too.)
+
+    Raises:
+        ValueError: the model has no such embedding, or it saw several rates.
+    """
+    unet = model.unet
+    rates = sorted({stream.fps for stream in streams.values() if stream.num_frames > 1 and stream.share > 0})
+    if unet.fps_embedding is None:
+        raise ValueError("fold_fps: got True; the model has no embedding of the rate (fps_conditioning)")
+    if len(rates) != 1:
+        raise ValueError(f"fold_fps: got True; a model of one rate needed, this one saw {rates or 'pictures alone'}")
+    bias = unet.time_embedding.linear_2.bias
+    bias.add_(unet.fps_embedding(torch.tensor(rates), bias.dtype)[0])
+    unet.fps_embedding, unet.config = None, replace(unet.config, fps_conditioning=False)
 
 
 def check_out(out: Path, name: str = "export") -> None:
