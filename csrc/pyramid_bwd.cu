@@ -185,11 +185,16 @@ void launch_keys(const PyramidBackward& call, const QueryTiles& queries, const W
   args.query_tiles = static_cast<int>(queries.per_group);
   args.has_rest = lists.has_rest;
   args.whole_tiles = static_cast<int>(lists.whole_tiles);
-  // Where all rows are equal: those that are read, then the others.
-  const int64_t per_batch = call.equal_rows ? lists.read(shape) : (lists.count + 7) / 8 * 2;
-  args.lists_per_batch = static_cast<int>(per_batch);
-  const int64_t num_tiles = shape.batch * shape.heads *
-                            (lists.count / per_batch * lists.tiles(per_batch) + lists.tiles(lists.count % per_batch));
+  // Half of the lists, a quarter, and what is left; where all rows are equal, those that are read, and the others.
+  const int64_t quarter = (lists.count + 7) / 8 * 2;
+  const int64_t first = call.equal_rows ? lists.read(shape) : std::min(2 * quarter, lists.count);
+  const int64_t next = call.equal_rows ? lists.count - first : quarter;
+  args.first_lists = static_cast<int>(first);
+  args.next_lists = static_cast<int>(next);
+  int64_t num_tiles = lists.tiles(first);
+  for (int64_t rank = first; rank < lists.count; rank += next)
+    num_tiles += lists.tiles(std::min(next, lists.count - rank));
+  num_tiles *= shape.batch * shape.heads;
   if (num_tiles > INT32_MAX / 2) throw std::invalid_argument("too many keys");
   args.num_tiles = static_cast<int>(num_tiles);
   args.equal_rows = call.equal_rows;

@@ -28,7 +28,7 @@ struct Arguments {
   int query_groups, query_rows, query_tiles;  // the last of a group
   int whole_tiles;                            // of a list: with keys for both warpgroups
   bool has_rest;                              // and keys for one more
-  int lists_per_batch;
+  int first_lists, next_lists;                // of the first batch, and of each one behind it
   int num_tiles;
   Split split;
   float* parts;  // of tiles that are split
@@ -132,28 +132,30 @@ __device__ void find_tile(const Arguments& args, int index, Tile& tile, Readers 
     }
   }
   if (index >= args.num_tiles) return;
-  // The longest lists first; those of a batch begin with their whole tiles, which fills the card more evenly.
-  const int clip_heads = args.clips * args.heads;
-  const int rests = args.has_rest ? (args.lists_per_batch + 1) / 2 : 0;
-  const int of_batch = (args.lists_per_batch * args.whole_tiles + rests) * clip_heads;
-  int rank = index / of_batch * args.lists_per_batch;
-  index %= of_batch;
-  const int lists = min(args.lists_per_batch, args.lists - rank);
-  const int whole = lists * clip_heads * args.whole_tiles;
-  const bool is_rest = index >= whole;
+  // One (clip, head) after the other, so that its queries and dQ stay in L2; in batches of lists, the longest first, so
+  // that the last tiles are short ones.
+  const auto rests_of = [&](int lists) { return args.has_rest ? (lists + 1) / 2 : 0; };
+  const auto tiles_of = [&](int lists) { return lists * args.whole_tiles + rests_of(lists); };
+  int rank = 0, lists = args.first_lists;
+  while (index >= tiles_of(lists) * args.clips * args.heads) {
+    index -= tiles_of(lists) * args.clips * args.heads;
+    rank += lists;
+    lists = min(args.next_lists, args.lists - rank);
+  }
+  const int clip_head = index / tiles_of(lists), clip = clip_head / args.heads;
+  index -= clip_head * tiles_of(lists);
+  tile.head = clip_head - clip * args.heads;
+  tile.clip = clip;
+  const bool is_rest = index < rests_of(lists);  // their lists are the longest
+  const bool is_alone = is_rest && 2 * index + 1 >= lists;
   int row = args.whole_tiles * kKeys;
   if (is_rest) {
-    index -= whole;
+    rank += 2 * index;
   } else {
+    index -= rests_of(lists);
     row = index % args.whole_tiles * kKeys;
-    index /= args.whole_tiles;
+    rank += index / args.whole_tiles;
   }
-  const int clip = index / args.heads % args.clips;
-  tile.head = index % args.heads;
-  tile.clip = clip;
-  index /= clip_heads;
-  const bool is_alone = is_rest && 2 * index + 1 >= lists;
-  rank += is_rest ? 2 * index : index;
   tile.row[0] = row;
   tile.row[1] = is_rest ? row : row + kUnit;
   readers[1].clear();

@@ -7,10 +7,10 @@
 // at a time. The fourth is one thread that feeds. No barrier joins the warpgroups of keys: while one exponentiates, the
 // products of others run, and a product is under way from one tile of queries to the next.
 //
-// Blocks draw their tiles from a counter, longest lists first. What is left of a frame after its tiles of 128, where it
-// fits one warpgroup, shares a tile with that of another frame: their lists are merged, and a step says who takes part.
-// Where all rows of the table are equal and read about all frames, the key frames are one long one; there and for a
-// shared row in general, a key counts as often as the row lists it.
+// Blocks draw their tiles from a counter (find_tile: in which order). What is left of a frame after its tiles of 128,
+// where it fits one warpgroup, shares a tile with that of another frame: their lists are merged, and a step says who
+// takes part. Where all rows of the table are equal and read about all frames, the key frames are one long one; there
+// and for a shared row in general, a key counts as often as the row lists it.
 //
 // Registers of a lane: 64 of dK and dV, 64 of S and dP, 16 of V, P, dS each, of 208. Shared memory: K twice and V, 48
 // KB; 4 stages of Q, dO and statistics, 66 KB; 2 of dS, 32 KB; 16 KB of results: 162 KB of 227.
