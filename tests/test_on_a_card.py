@@ -329,8 +329,12 @@ def zeroed(make):
 torch.Tensor.new_empty = zeroed(torch.Tensor.new_empty)
 torch.empty_like, torch.empty = zeroed(torch.empty_like), zeroed(torch.empty)
 """
-# Where racecheck does not see that a barrier lies between (docs/kernel-notes.md has the three places).
-NOT_RACES = re.compile(r"backward<\w+, univid::<unnamed>::Config<\(bool\)1, \(bool\)1, \(bool\)1>>.*\+(0x[0-9a-f]+)$")
+# The bulk copy of the next statistics into a stage whose former ones all lanes have read, in two kernels: racecheck does not
+# see the barrier between (docs/kernel-notes.md). The last address is the copy's.
+NOT_RACES = re.compile(
+    r"(backward|backward_keys)<\w+, univid::<unnamed>::Config<\(bool\)1(, \(bool\)1){1,2}>>\(univid::<unnamed>::Arguments\)"
+    r"\+0x[0-9a-f]+$"
+)
 
 
 @pytest.mark.gpu
@@ -357,7 +361,7 @@ def test_compute_sanitizer(tool):
         assert "ERROR SUMMARY: 0 errors" in done.stdout, done.stdout[-4000:]
         return
     assert "RACECHECK SUMMARY" in done.stdout
-    races = [line for line in done.stdout.splitlines() if "Race reported between" in line]
-    assert not (unknown := [line for line in races if not NOT_RACES.search(line.strip())]), "\n".join(unknown)
-    places = {NOT_RACES.search(line.strip())[1] for line in races}
-    assert len(places) <= 2 * 3, races  # in both dtypes
+    races = [line.strip() for line in done.stdout.splitlines() if "Race reported between" in line]
+    found = [NOT_RACES.search(line) for line in races]
+    assert all(found), "\n".join(races)
+    assert len({place[0] for place in found}) <= 2 * 2, races  # one in each of the two, in both dtypes
