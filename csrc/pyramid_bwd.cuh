@@ -27,7 +27,7 @@ struct QueryTiles {
         rows(shape.frames * shape.tokens / groups),
         per_group((rows + kUnit - 1) / kUnit),
         count(shape.batch * shape.heads * groups * per_group) {
-    if (count > INT32_MAX) throw std::invalid_argument("too many queries");
+    if (count > INT32_MAX / 8) throw std::invalid_argument("too many queries");
   }
 };
 

@@ -47,12 +47,9 @@ struct Tile {
 };
 enum State { kEnd, kUnread, kRead };  // there are no more tiles; zeros; queries follow
 
-// A tile of queries as it goes through a block.
-struct Step {
-  int units;  // a bit for each warpgroup that takes part, and kLast
-  int query_tile;
-};
-constexpr int kBoth = (1 << kUnits) - 1, kLast = 1 << kUnits;
+// A tile of queries as it goes through a block, a step, is one number: the tile (QueryTiles leaves room), and below it
+// kLast and a bit for each warpgroup that takes part.
+constexpr int kBoth = (1 << kUnits) - 1, kLast = 1 << kUnits, kStepBits = kUnits + 1;
 
 // Of which gradients, and so of which products, there are.
 template <bool kDQ_, bool kDK_, bool kDV_>
@@ -105,7 +102,7 @@ struct Shared {
   alignas(1024) char ds[2][C::kDQ ? kUnits * kTileBytes : 16];
   alignas(1024) char out[kUnits][kTileBytes];
   alignas(16) float statistics[C::kStages][kStatistics];
-  Step steps[C::kStages], ds_steps[2];
+  int steps[C::kStages], ds_steps[2];
   Tile tiles[2];
   int arrived[kUnits];
   Readers readers[kUnits];  // of the tile being fed: the feeding thread is short of registers
@@ -230,7 +227,7 @@ __device__ void feed(const Arguments& args, Shared<C>& shared) {
         const int query_tile = line + i;
         uint64_t* filled = &shared.q_ring.filled[at.slot];
         wait(&shared.q_ring.free[at.slot], at.round ^ 1);
-        shared.steps[at.slot] = {units, query_tile};
+        shared.steps[at.slot] = query_tile << kStepBits | units;
         expect(filled, 2 * kTileBytes + kStatistics * 4);
         const Box box{i * kUnit, tile.head, group, tile.clip};
         load_box(shared.q[at.slot], args.q, box, filled);

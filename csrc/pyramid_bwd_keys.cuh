@@ -26,6 +26,17 @@
 namespace univid {
 namespace {
 
+// A number that a whole warp wants, read by the lane that arrives on its slot's `free` barrier: racecheck takes reads by
+// the others for races.
+__device__ inline int read(const int& number) {
+  int value = 0;  // which ptxas would keep from one call to the next
+  asm volatile("{ .reg .pred first; setp.eq.u32 first, %2, 0;\n@first ld.shared.u32 %0, [%1]; }"
+               : "+r"(value)
+               : "r"(static_cast<uint32_t>(__cvta_generic_to_shared(&number))), "r"(threadIdx.x % 32)
+               : "memory");
+  return __shfl_sync(~0u, value, 0);
+}
+
 // --- the warpgroup of dQ ---------------------------------------------------------------------------------------------
 
 __device__ void add(float* to, float a, float b, float c, float d) {
@@ -39,17 +50,17 @@ __device__ void add_dq(const Arguments& args, Shared<C>& shared) {
   float dq[32];
   while (true) {
     wait(&shared.tile_ring.filled[tile_at.slot], tile_at.round);
-    const int state = __shfl_sync(~0u, shared.tiles[tile_at.slot].state, 0);
+    const int state = read(shared.tiles[tile_at.slot].state);
     arrive_warp(&shared.tile_ring.free[tile_at.slot]);
     tile_at.advance();
     if (state == kEnd) break;
     if (state == kUnread) continue;
     wait(&shared.k_ring.filled[k_at.slot], k_at.round);
-    int units = 0;
-    while (!(units & kLast)) {
+    int step = 0;
+    while (!(step & kLast)) {
       wait(&shared.ds_ring.filled[at.slot], at.round);
-      units = __shfl_sync(~0u, shared.ds_steps[at.slot].units, 0);
-      float* to = args.dq + int64_t{shared.ds_steps[at.slot].query_tile} * kTileFloats + threadIdx.x % 128 * 4;
+      step = read(shared.ds_steps[at.slot]);
+      float* to = args.dq + int64_t{step >> kStepBits} * kTileFloats + threadIdx.x % 128 * 4;
       const auto multiply = [&](auto keys, int first) {
         const int skipped = first * kTileBytes;
         pin(dq);
@@ -60,10 +71,10 @@ __device__ void add_dq(const Arguments& args, Shared<C>& shared) {
         wgmma_wait<0>();
         pin(dq);
       };
-      if ((units & kBoth) == kBoth)
+      if ((step & kBoth) == kBoth)
         multiply(std::integral_constant<int, kKeys>{}, 0);
       else
-        multiply(std::integral_constant<int, kUnit>{}, units & 1 ? 0 : 1);
+        multiply(std::integral_constant<int, kUnit>{}, step & 1 ? 0 : 1);
       arrive_warp(&shared.ds_ring.free[at.slot]);
       at.advance();
 #pragma unroll
@@ -77,11 +88,11 @@ __device__ void add_dq(const Arguments& args, Shared<C>& shared) {
 // --- a warpgroup of keys ---------------------------------------------------------------------------------------------
 
 // How often the row that all queries share lists a key.
-__device__ float weight_of(const Arguments& args, const Tile& tile, int frame, int row) {
+__device__ float weight_of(const Arguments& args, int clip, int frame, int row) {
   if (frame < 0 || row >= args.key_rows) return 0;
   if (!args.equal_rows) return 1;
   if (args.lists != args.key_frames) frame = row / args.key_tokens;
-  const int32_t* offsets = args.inverse + tile.clip * args.inverse_stride_b + frame;
+  const int32_t* offsets = args.inverse + clip * args.inverse_stride_b + frame;
   return static_cast<float>(__ldg(offsets + 1) - __ldg(offsets));
 }
 
@@ -120,10 +131,10 @@ __device__ void consume(const Arguments& args, Shared<C>& shared, int w) {
 
   // Whether dK and dV are all there; of a tile that is split, they are once this is its last part to be done.
   const auto is_complete = [&](const Tile& tile) {
-    const int split = __shfl_sync(~0u, tile.split, 0);
+    const int split = read(tile.split);
     if (split < 0) return true;
     float* parts = args.parts + int64_t{split} * args.split.parts * kPartFloats + w * 2 * kTileFloats;
-    write_part<C::kDK, C::kDV>(parts + int64_t{tile.part} * kPartFloats, dk, dv);
+    write_part<C::kDK, C::kDV>(parts + int64_t{read(tile.part)} * kPartFloats, dk, dv);
     __threadfence();
     meet();
     if (leader) shared.arrived[w] = atomicAdd(args.counters + 1 + split * kUnits + w, 1);
@@ -137,14 +148,14 @@ __device__ void consume(const Arguments& args, Shared<C>& shared, int w) {
   while (true) {
     wait(&shared.tile_ring.filled[tile_at.slot], tile_at.round);
     const Tile& tile = shared.tiles[tile_at.slot];
-    const int state = __shfl_sync(~0u, tile.state, 0);
+    const int state = read(tile.state);
     if (state == kEnd) break;
 #pragma unroll
     for (int i = 0; i < 32; i++) dk[i] = dv[i] = 0;
     if (state == kRead) {
-      const int row = tile.row[w] + warp * 16 + lane / 4;
-      const float weights[2] = {weight_of(args, tile, tile.frame[w], row),
-                                weight_of(args, tile, tile.frame[w], row + 8)};
+      const int clip = read(tile.clip), frame = read(tile.frame[w]);
+      const int row = read(tile.row[w]) + warp * 16 + lane / 4;
+      const float weights[2] = {weight_of(args, clip, frame, row), weight_of(args, clip, frame, row + 8)};
       const bool plain = __all_sync(~0u, weights[0] == 1 && weights[1] == 1);
       wait(&shared.k_ring.filled[k_at.slot], k_at.round);
       wait(&shared.v_ring.filled[v_at.slot], v_at.round);
@@ -162,7 +173,7 @@ __device__ void consume(const Arguments& args, Shared<C>& shared, int w) {
         arrive_warp(&shared.v_ring.free[v_at.slot]);
       }
       int held = -1;  // the stage that the products under way still read
-      int units = 0;
+      int step = 0;
       const auto finish = [&] {
         wgmma_wait<0>();
         pin(p);
@@ -170,20 +181,21 @@ __device__ void consume(const Arguments& args, Shared<C>& shared, int w) {
         if (held >= 0) arrive_warp(&shared.q_ring.free[held]);
         held = -1;
       };
+      const auto begin_ds = [&] {
+        wait(&shared.ds_ring.free[ds_at.slot], ds_at.round ^ 1);
+        if (threadIdx.x == 0) shared.ds_steps[ds_at.slot] = step;
+      };
       // Goes to the next step that this warpgroup takes part in. False: there is none.
       const auto next_step = [&] {
-        while (!(units & kLast)) {
+        while (!(step & kLast)) {
           wait(&shared.q_ring.filled[at.slot], at.round);
-          units = __shfl_sync(~0u, shared.steps[at.slot].units, 0);
-          if (C::kDQ) {
-            wait(&shared.ds_ring.free[ds_at.slot], ds_at.round ^ 1);
-            if (threadIdx.x == 0) shared.ds_steps[ds_at.slot] = shared.steps[at.slot];
-          }
-          if (units >> w & 1) return true;
+          step = read(shared.steps[at.slot]);
+          if (step >> w & 1) return true;
           if (held >= 0) finish();
           arrive_warp(&shared.q_ring.free[at.slot]);
           at.advance();
           if (C::kDQ) {
+            begin_ds();
             arrive_warp(&shared.ds_ring.filled[ds_at.slot]);
             ds_at.advance();
           }
@@ -241,6 +253,7 @@ __device__ void consume(const Arguments& args, Shared<C>& shared, int w) {
           }
         }
         if constexpr (C::kDQ) {
+          begin_ds();
           store_tile(shared.ds[ds_at.slot] + w * kTileBytes, ds, warp, lane);
           ptx::fence_proxy_async(ptx::space_shared);
           arrive_warp(&shared.ds_ring.filled[ds_at.slot]);
@@ -267,7 +280,7 @@ __device__ void consume(const Arguments& args, Shared<C>& shared, int w) {
       arrive_warp(&shared.k_ring.free[k_at.slot]);
       k_at.advance();
     }
-    if (__shfl_sync(~0u, tile.frame[w], 0) >= 0 && is_complete(tile)) {
+    if (read(tile.frame[w]) >= 0 && is_complete(tile)) {
       if constexpr (C::kDV) store(dv, args.dv, tile);
       if constexpr (C::kDK) {
 #pragma unroll
