@@ -26,8 +26,8 @@
 namespace univid {
 namespace {
 
-// A number that a whole warp wants, read by the lane that arrives on its slot's `free` barrier: racecheck takes reads by
-// the others for races.
+// A number that a whole warp wants, read by the lane that arrives on its slot's `free` barrier: racecheck takes reads
+// by the others for races.
 __device__ inline int read(const int& number) {
   int value = 0;  // which ptxas would keep from one call to the next
   asm volatile("{ .reg .pred first; setp.eq.u32 first, %2, 0;\n@first ld.shared.u32 %0, [%1]; }"

@@ -417,11 +417,12 @@ def test_a_card_takes_a_kernel(operator, capsys):
     """By default a compiled backend runs in bfloat16, and ``explain`` says so."""
     args = calls()[operator]
     args = [x.to("cuda", torch.bfloat16) if isinstance(x, torch.Tensor) else x for x in args]
-    for direction in ("forward", "backward"):
+    explain(operator, *args)
+    said = capsys.readouterr().out
+    for direction in directions_of(operator):
         chosen, refusals = backends_for(operator, *args, direction=direction)
         assert chosen in ("cuda", "triton") and refusals["triton"] is None
-    explain(operator, *args)
-    assert f"{operator} forward: {chosen}" in capsys.readouterr().out
+        assert f"{operator} {direction}: {chosen}" in said
     wide = [x.double() if isinstance(x, torch.Tensor) else x for x in args]
     chosen, refusals = backends_for(operator, *wide)
     assert chosen == "torch" and "float64" in refusals["triton"]
