@@ -78,10 +78,12 @@ class DualCase(Case):
     text_weight: Any = 1.0  # a number, or the shape of a tensor
     image_weight: Any = 0.7
     weight_dtype: torch.dtype = torch.float64  # float64: that of the run
-    zero: bool = False  # tensor weights hold 0
+    zeros: str = ""  # "all": tensor weights hold 0; "some": in every second place
     layouts: tuple[str, str, str] = ("contiguous",) * 3
     scale: float | None = None
     logits: float = 0
+    # (stream, from its which key on, by how much) logits rise where the default scale is, for about half of the queries
+    rises: tuple[tuple[str, int, float], ...] = ()
 
     def arguments(self):
         random = Random()
@@ -97,9 +99,17 @@ class DualCase(Case):
         if self.logits:
             for key in ("q", "k_text", "k_image"):
                 inputs[key][..., 0] = random(*inputs[key].shape[:-1]).sign() * (self.logits * self.D**0.5) ** 0.5
+        if self.rises:
+            q[..., 0] = (random(*q.shape[:-1]) > 0) * self.D**0.5
+            for keys in (inputs[key] for key in ("k_text", "k_image") if key in inputs):
+                keys[..., 0] = 0
+            for name, first, by in self.rises:
+                inputs[f"k_{name}"][:, first:, :, 0] = by
         for name, weight in zip(STREAMS, (self.text_weight, self.image_weight), strict=True):
             if isinstance(weight, tuple):
-                tensor = torch.zeros(weight, dtype=torch.float64) if self.zero else random(*weight, 1)[..., 0]
+                tensor = random(*weight, 1)[..., 0]
+                if self.zeros:
+                    tensor.view(-1)[:: 1 if self.zeros == "all" else 2] = 0
                 inputs[f"{name}_weight"] = tensor.to(self.weight_dtype)
             else:
                 options[f"{name}_weight"] = weight
@@ -114,6 +124,8 @@ KEYS = ("k_text", "v_text", "k_image", "v_image")
 # 1264 tiles of 64 queries: several for each warpgroup of 132 multiprocessors, across clips and heads; one to four tiles of keys.
 LARGE = {"queries": (5, 1000), "H": 8, "dtypes": HALVES, "compiled": HALVES, "large": True}
 
+RISES = {"compiled": DTYPES}
+
 CASES = [
     DualCase(id="remainders", compiled=DTYPES, **TWICE),
     DualCase(id="clip-lengths", text=77, image=257),
@@ -126,6 +138,15 @@ CASES = [
     DualCase(id="large-needs-weights", text=77, image=257, text_weight=(2, 5), image_weight=(2, 5), needs=WEIGHTS, **LARGE),
     DualCase(id="large-needs-v", text=77, image=257, image_weight=(2, 5), needs=("v_text", "v_image"), **LARGE),
     DualCase(id="clip-weights", text=77, image=257, text_weight=(2,), image_weight=(2, 5), compiled=HALVES),
+    # Blocks that go on into the next (clip, head), of which there are more; frames that do not follow each other.
+    DualCase(id="large-lines", text=77, image=257, text_weight=(2, 2), **(LARGE | {"queries": (2, 70), "H": 70})),
+    DualCase(id="large-sliced", text=77, image=257, layouts=("sliced", "packed", "packed"), **LARGE),
+    # Tiles of keys that are full, and one more of them; none of a second stream.
+    DualCase(id="full-tiles", text=88, image=264, compiled=HALVES),
+    DualCase(id="two-tiles", text=0, image=150),
+    DualCase(id="two-full-tiles", text=176, image=0),
+    DualCase(id="all-tiles", text=0, image=352, compiled=HALVES),
+    DualCase(id="long-text", text=200, image=35),
     DualCase(id="long-streams", text=300, image=515, queries=(2, 37)),
     DualCase(id="one-key", text=1, needs=("v_text", "k_image", "v_image"), **ONCE),
     DualCase(id="text-only", image=0, compiled=HALVES, **ONCE),
@@ -138,13 +159,30 @@ CASES = [
     DualCase(id="weights-clip-frame", text_weight=(2,), image_weight=(2, 5)),
     DualCase(id="weights-frame", text_weight=(1, 3), image_weight=1.0, queries=(3, 7), **ONCE),
     DualCase(id="weights-token", text_weight=(2, 3, 7), image_weight=(2, 1, 7), queries=(3, 7), compiled=(BF16, FP32), **ONCE),
-    DualCase(id="weights-at-0", text_weight=(), image_weight=(2, 3), queries=(3, 7), zero=True, **ONCE),
+    DualCase(id="weights-at-0", text_weight=(), image_weight=(2, 3), queries=(3, 7), zeros="all", **ONCE),
+    # Weights that vanish beside those of the other stream, whichever of the two a kernel takes first.
+    DualCase(id="weights-some-0-text", text_weight=(2, 5), zeros="some", compiled=HALVES, **ONCE),
+    DualCase(id="weights-some-0-image", image_weight=(2, 5), zeros="some", compiled=HALVES),
+    DualCase(id="clip-weights-some-0-text", text=77, image=257, text_weight=(2, 5), zeros="some", compiled=HALVES),
+    DualCase(id="clip-weights-some-0-image", text=77, image=257, image_weight=(2, 5), zeros="some", compiled=HALVES),
+    DualCase(id="weights-far-apart", text=77, image=257, image_weight=0.02, compiled=HALVES),
+    DualCase(id="weights-far-apart-text", text=77, image=257, text_weight=0.02, image_weight=1.0),
+    # Tiles of keys that outgrow the reference which a row has, or all but vanish beside it: first ones, and later ones.
+    DualCase(id="rising", text=77, image=257, rises=(("image", 100, 12.0),), **RISES),
+    DualCase(id="rising-text", text=200, image=9, rises=(("text", 150, 12.0), ("image", 0, -10.0)), **RISES),
+    DualCase(id="rising-alone", text=0, image=257, rises=(("image", 100, 9.0), ("image", 190, 21.0)), **(RISES | {"queries": (100,)})),
+    DualCase(id="rising-first", text=77, image=257, rises=(("text", 0, 10.5), ("image", 0, -10.0)), **RISES),
+    DualCase(id="falling-first", text=77, image=257, rises=(("text", 0, -27.0), ("image", 0, 10.5)), **RISES),
+    DualCase(id="falling", text=13, image=35, rises=(("text", 0, -27.0), ("image", 0, -10.0)), **RISES),
+
     DualCase(id="rank3", queries=(), text_weight=(2,), interpreted=(FP32,)),
     DualCase(id="rank4", queries=(37,), text_weight=(2, 37), image_weight=(1, 37)),
     DualCase(id="rank6", queries=(3, 5, 7), text_weight=(2, 3), image_weight=(1, 3, 5, 1), interpreted=(FP32,), small={"H": 1}),
     DualCase(id="packed", layouts=("packed", "packed", "packed"), compiled=HALVES),
     DualCase(id="sliced", layouts=("sliced", "sliced", "sliced"), **ONCE),
     DualCase(id="odd", layouts=("odd", "odd", "odd"), **ONCE),
+    DualCase(id="expanded-heads", layouts=("contiguous", "expanded2", "expanded2"), compiled=HALVES, **ONCE),
+    DualCase(id="expanded-query-heads", layouts=("expanded3", "contiguous", "packed")),
     DualCase(id="expanded", layouts=("expanded0", "expanded0", "expanded0"), **ONCE),
     # Values that are all the same make dS cancel: the gradients of q and k would be nothing but rounding.
     DualCase(id="expanded-keys", layouts=("expanded1", "expanded1", "expanded1"), needs=("v_text", "v_image"), **ONCE),
@@ -191,10 +229,10 @@ def test_drawn_sizes(run: Run, fixed: list, data: st.DataObject):
 
 
 @pytest.mark.parametrize("backend", ["reference", "torch"])
-@pytest.mark.parametrize("zero", [False, True], ids=["", "weights-at-0"])
-def test_gradcheck(backend: str, zero: bool):
+@pytest.mark.parametrize("zeros", ["", "some", "all"])
+def test_gradcheck(backend: str, zeros: str):
     case = DualCase(
-        id="tiny", queries=(2, 2), H=2, D=2, text=2, image=3, text_weight=(2,), image_weight=(1, 2), zero=zero
+        id="tiny", queries=(2, 2), H=2, D=2, text=2, image=3, text_weight=(2,), image_weight=(1, 2), zeros=zeros
     )
     inputs, _ = case.arguments()
     leaves = {name: x.clone().requires_grad_() for name, x in inputs.items()}

@@ -123,6 +123,83 @@ def forget_winners(monkeypatch, folder):
                     monkeypatch.setattr(one, "_chosen", {})
 
 
+COLD = """
+import sys
+import torch
+from tests.calls import apply
+from tests.card import on_card
+
+for case in sys.argv[1:]:
+    inputs = on_card(case, backend="cuda")
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.no_grad(), torch.cuda.graph(graph):
+        captured = apply(case, inputs, backend="cuda")
+    graph.replay()
+    with torch.no_grad():
+        assert torch.equal(captured, apply(case, inputs, backend="cuda")), case
+    print("captured", case)
+"""
+
+
+@pytest.mark.gpu
+def test_a_first_call_in_a_capture():
+    """Kernels are loaded and given their shared memory then."""
+    cases = [case for case, backend in with_kernels(OPERATORS).args[1] if backend == "cuda"]
+    cases = [case for case in cases if refusal(case, on_card(case), "cuda") is None]
+    done = subprocess.run(
+        [sys.executable, "-c", COLD, *cases],
+        cwd=Path(__file__).resolve().parent.parent,
+        capture_output=True,
+        text=True,
+        timeout=200,
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    assert done.stdout.split("captured ")[1:] == [f"{case}\n" for case in cases]
+    if torch.cuda.get_device_capability() == (9, 0):
+        assert {"pyramid", "dual"} <= set(cases)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("captured", [False, True])
+@pytest.mark.parametrize("backend", ["cuda", "triton"])
+def test_one_call_behind_the_other(backend, captured):
+    """Each reads what the one ahead has just written, with nothing between them."""
+    inputs = on_card("pyramid", backend=backend, T=8, N=333, H=8)
+    dual = on_card("dual", backend=backend, T=8, N=333, H=8)
+    del dual["q"]
+
+    def steps(between=lambda: None):
+        q, k, v = (inputs[name].detach() for name in "qkv")
+        for _ in range(3):
+            q, k = q.requires_grad_(), k.requires_grad_()
+            out = ops.pyramid_st_attn(q, k, v, inputs["refs"], backend=backend, deterministic=True)
+            between()
+            out = ops.dual_stream_attn(out, **dual, backend=backend)
+            between()
+            q, k = (x.detach() for x in torch.autograd.grad(out, (q, k), out.detach()))
+            between()
+        return torch.stack([q, k])
+
+    expected = steps(torch.cuda.synchronize)
+    assert expected.isfinite().all() and expected.any()
+    if not captured:
+        for _ in range(20):
+            assert torch.equal(steps(), expected)
+        return
+    side = torch.cuda.Stream()
+    with torch.cuda.stream(side):
+        steps()
+    side.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        result = steps()
+    for _ in range(20):
+        result.zero_()
+        graph.replay()
+        assert torch.equal(result, expected)
+
+
 # --- streams, threads, devices
 
 

@@ -62,6 +62,9 @@ class PyramidCase(Case):
     layouts: tuple[str, str, str] = ("contiguous",) * 3
     scale: float | None = None
     logits: float = 0  # scale · q · kᵀ is about plus or minus this
+    rises: tuple[
+        float, ...
+    ] = ()  # by this much, where the default scale is, for about half of the queries, by key frame
 
     def arguments(self):
         random = Random()
@@ -74,6 +77,9 @@ class PyramidCase(Case):
             for name in "qk":
                 signs = random(*inputs[name].shape[:-1]).sign()
                 inputs[name][..., 0] = signs * (self.logits * self.D**0.5) ** 0.5
+        if self.rises:
+            inputs["q"][..., 0] = (random(*inputs["q"].shape[:-1]) > 0) * self.D**0.5
+            inputs["k"][..., 0] = torch.tensor(self.rises).view(-1, 1, 1)
         refs = ReferenceFrames.pyramid(self.T, 3) if self.refs is None else self.refs
         return inputs, {"refs": refs, "scale": self.scale}
 
@@ -85,6 +91,12 @@ def _random_segments(num_frames: int, num_refs: int) -> ReferenceFrames:
 # A repeated frame, a padded entry in the middle, a row without any reference; frame 1 is read by nobody.
 RAGGED = torch.tensor([[0, 0, 2], [4, -1, 3], [-1, -1, -1], [2, 3, 4], [-1, -1, 4]])
 RAGGED_CLIPS = torch.stack([RAGGED, RAGGED.flip(0)])
+
+# Frames whose logits rise, one behind the other in every order: a tile of keys that outgrows the former ones, in its first
+# half or its second, and by more or less than P can hold.
+RISING = torch.tensor([[0, 1, 2, 4], [0, 1, 3, 2], [1, -1, 0, 4], [2, 0, 1, 4], [3, 0, 4, 2]])
+RISES = {"rises": (0, 0, 10.5, 0, 26), "refs": ReferenceFrames.from_table(RISING, 5), "compiled": DTYPES}
+SHARED_CLIPS = torch.tensor([[3, 0, 3, 1], [4, -1, 2, 2]])[:, None].expand(2, 5, 4)  # all rows of a clip are equal
 
 ONCE = {"interpreted": (FP32,), "small": {"H": 1}}
 TWICE = {"interpreted": (FP16, FP32), "small": {"H": 1}}
@@ -125,12 +137,26 @@ CASES = [
     PyramidCase(id="long-keys", N=60, Nk=569, small={"N": 9}, **LONG),
     PyramidCase(id="long-queries", N=569, Nk=60, small={"Nk": 9}, **LONG),
     PyramidCase(id="long-dense", B=1, T=2, N=569, H=1, refs=ReferenceFrames.all(2)),
+    # More references than a warp has lanes.
+    PyramidCase(id="many-references", B=1, T=40, N=5, H=1, refs=ReferenceFrames.window(40, 17)),
+    PyramidCase(id="many-references-shared", B=1, T=40, N=5, H=1, refs=torch.arange(40)),
+    PyramidCase(id="shared-by-clip", refs=ReferenceFrames.from_table(SHARED_CLIPS, 5), compiled=HALVES),
+    PyramidCase(id="shared-by-clip-raw", refs=SHARED_CLIPS),
+    # As many references as frames: the keys of all are one long frame, with weights.
+    PyramidCase(id="shared-repeated", refs=torch.tensor([3, 0, 3, 1, 0, -1]), compiled=HALVES),
+    PyramidCase(id="rising", **RISES),
+    PyramidCase(id="rising-four-warpgroups", **RISES, B=1, N=200, H=1),
+    PyramidCase(id="rising-dense", **(RISES | {"refs": ReferenceFrames.all(5)})),
     PyramidCase(id="large", **LARGE, refs=ReferenceFrames.pyramid(6, 4)),
     PyramidCase(id="large-ragged", **LARGE, refs=ReferenceFrames.from_table(LARGE_RAGGED, 6)),
     PyramidCase(id="large-clips", **LARGE, refs=LARGE_CLIPS, layouts=("packed",) * 3),
     PyramidCase(id="large-shared", **LARGE, refs=torch.tensor([3, 0, 3, 1])),
     PyramidCase(id="large-four-warpgroups", **(LARGE | {"N": 200}), refs=ReferenceFrames.pyramid(6, 4)),
     PyramidCase(id="large-dense", **(LARGE | {"T": 8, "N": 45, "H": 40}), refs=ReferenceFrames.all(8)),
+    PyramidCase(id="large-rounds", **(LARGE | {"T": 7}), refs=ReferenceFrames.pyramid(7, 4)),
+    PyramidCase(id="large-shared-repeated", **LARGE, refs=torch.tensor([3, 0, 3, 1, 0, -1])),
+    PyramidCase(id="large-needs-k", **LARGE, refs=ReferenceFrames.pyramid(6, 4), needs=("k",)),
+    PyramidCase(id="large-needs-v", **LARGE, refs=ReferenceFrames.pyramid(6, 4), needs=("v",)),
     # A last round of few tiles of keys, which blocks share.
     PyramidCase(id="large-last-round", B=1, **(LARGE | {"T": 10, "N": 128, "H": 14}), refs=ReferenceFrames.all(10)),
     PyramidCase(id="large-last-round-rest", B=1, **(LARGE | {"T": 10, "N": 130, "H": 16}), refs=torch.tensor([7, 0, 3, 9, 1, 2])),
@@ -139,6 +165,10 @@ CASES = [
     PyramidCase(id="odd", layouts=("odd",) * 3, **ONCE),
     PyramidCase(id="expanded-clips", layouts=("contiguous", "expanded0", "expanded0")),
     PyramidCase(id="expanded-frames", layouts=("expanded0", "expanded1", "expanded1"), compiled=HALVES, **ONCE),
+    PyramidCase(id="expanded-query-frames", layouts=("expanded1", "contiguous", "contiguous")),
+    PyramidCase(id="expanded-heads", layouts=("contiguous", "expanded3", "expanded3"), compiled=HALVES, **ONCE),
+    PyramidCase(id="expanded-query-heads", layouts=("expanded3", "contiguous", "packed")),
+    PyramidCase(id="sliced-dense", layouts=("sliced",) * 3, refs=ReferenceFrames.all(5)),
     PyramidCase(id="grad-ones", grad="ones"),
     PyramidCase(id="grad-transposed", grad="transposed", **ONCE),
     PyramidCase(id="grad-sliced", grad="sliced"),

@@ -161,7 +161,7 @@ def lay_out(x: Tensor, layout: str) -> Tensor:
     * sliced: a part of a larger tensor, every second frame (dimension 1)
     * odd: the address and all strides but the last are odd multiples of an element
     * transposed: the last dimension is the slowest in memory
-    * expanded0, expanded1: stride 0 along that dimension (whose first element is kept)
+    * expanded0 to expanded3: stride 0 along that dimension (whose first element is kept)
     * expanded12: stride 0 along two dimensions, the second of size 1
     * ones: a number 1 with stride 0 everywhere, as ``out.sum().backward()`` gives
     """
@@ -184,7 +184,7 @@ def lay_out(x: Tensor, layout: str) -> Tensor:
             ]
         case "transposed":
             room = _nan(last, *shape[:-1]).movedim(0, -1)
-        case "expanded0" | "expanded1":
+        case "expanded0" | "expanded1" | "expanded2" | "expanded3":
             dim = int(layout[-1])
             return lay_out(x.narrow(dim, 0, 1), "contiguous").expand(shape)
         case "expanded12":
