@@ -27,6 +27,7 @@ struct QueryTiles {
         rows(shape.frames * shape.tokens / groups),
         per_group((rows + kUnit - 1) / kUnit),
         count(shape.batch * shape.heads * groups * per_group) {
+    // A tile's number has kStepBits bits below it.
     if (count > INT32_MAX / 8) throw std::invalid_argument("too many queries");
   }
 };

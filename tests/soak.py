@@ -37,13 +37,13 @@ def pyramid(draw: random.Random) -> tuple[Operator, Case]:
     sizes |= {} if own else {"Tk": key_frames, "Nk": _tokens(draw)}
     layouts = tuple(draw.choice((*LAYOUTS, "expanded3")) for _ in "qkv")
     needs = None if draw.random() < 0.6 else tuple(name for name in "qkv" if draw.random() < 0.5)
-    rises = _rises(draw, layouts) and tuple(draw.choice((0, 8, 12, 20)) for _ in range(key_frames))
+    rises = tuple(draw.choice((0, 8, 12, 20)) for _ in range(key_frames)) if _rise(draw, layouts) else ()
     return PYRAMID, PyramidCase(id="pyramid", refs=refs, layouts=layouts, needs=needs, rises=rises, **sizes)
 
 
-def _rises(draw: random.Random, layouts: tuple[str, ...]) -> tuple:
-    """Whether logits rise along the keys: sometimes, where they can."""
-    return (True,) if draw.random() < 0.2 and not any("expanded" in layout for layout in layouts[:2]) else ()
+def _rise(draw: random.Random, layouts: tuple[str, ...]) -> bool:
+    """Whether logits rise along the keys: sometimes, where q and k can be written."""
+    return draw.random() < 0.2 and not any("expanded" in layout for layout in layouts[:2])
 
 
 def _tokens(draw: random.Random) -> int:
@@ -91,11 +91,9 @@ def dual_stream(draw: random.Random) -> tuple[Operator, Case]:
         queries, heads = (queries[0], draw.randint(500, 1500)), 8
     weights = (1.0, 0.7, -0.4, (), (clips,), (1, queries[0]), (clips, queries[0]))
     text, image = draw.choice(((77, 257), (draw.randint(3, 90), draw.randint(3, 300)), (77, 0), (0, 257)))
-    layouts = tuple(draw.choice((*LAYOUTS, heads)) for heads in ("expanded3", "expanded2", "expanded2"))
-    rising = [(name, length) for name, length in (("text", text), ("image", image)) if length] * 2
-    rises = _rises(draw, layouts) and tuple(
-        (name, draw.randrange(length), draw.choice((-27, -10, 8, 12, 20))) for name, length in sorted(rising)
-    )
+    layouts = tuple(draw.choice((*LAYOUTS, by_heads)) for by_heads in ("expanded3", "expanded2", "expanded2"))
+    streams = [(name, length) for name, length in (("text", text), ("image", image)) if length]
+    rises = [(*stream, draw.choice((-27, -10, 8, 12, 20))) for stream in streams * 2] if _rise(draw, layouts) else []
     return DUAL, DualCase(
         id="dual-stream",
         B=clips,
@@ -107,7 +105,7 @@ def dual_stream(draw: random.Random) -> tuple[Operator, Case]:
         image_weight=draw.choice(weights) if image else 1.0,
         layouts=layouts,
         grad=draw.choice(GRADS),
-        rises=rises,
+        rises=tuple((name, draw.randrange(length), by) for name, length, by in rises),
     )
 
 

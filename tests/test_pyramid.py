@@ -62,9 +62,8 @@ class PyramidCase(Case):
     layouts: tuple[str, str, str] = ("contiguous",) * 3
     scale: float | None = None
     logits: float = 0  # scale · q · kᵀ is about plus or minus this
-    rises: tuple[
-        float, ...
-    ] = ()  # by this much, where the default scale is, for about half of the queries, by key frame
+    # By key frame: how much logits rise where the default scale is, for about half of the queries.
+    rises: tuple[float, ...] = ()
 
     def arguments(self):
         random = Random()
