@@ -320,7 +320,7 @@ __global__ void __launch_bounds__(kGroups * 128, 1) backward(const __grid_consta
   if (threadIdx.x < sizeof shared.zeros / 16) reinterpret_cast<uint4*>(shared.zeros)[threadIdx.x] = {};
   ptx::fence_proxy_async(ptx::space_shared);
   __syncthreads();
-  if (kPass == kGradient) wait_for_former();
+  wait_for_former();
   pass<Element, kPass, C>(args, shared, __shfl_sync(~0u, threadIdx.x / 128, 0));
 }
 
@@ -379,11 +379,7 @@ void launch(const DualStreamBackward& call, const Queries& queries, float* stati
     const auto kernel = backward<Element, kPass, C>;
     static OncePerDevice once;
     prepare(once, kernel, device);
-    if (kPass == kGradient)
-      launch_early(kWhat, kernel, blocks, kGroups * 128, shared_bytes, stream, args);
-    else
-      kernel<<<blocks, kGroups * 128, shared_bytes, stream>>>(args);
-    check(cudaGetLastError(), kWhat);
+    launch_early(kWhat, kernel, blocks, kGroups * 128, shared_bytes, stream, args);
   };
   const bool dq = call.dq.data != nullptr;
   if (dq && is_exact) {

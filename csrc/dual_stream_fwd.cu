@@ -32,6 +32,7 @@
 #include <utility>
 
 #include "dual_stream.cuh"
+#include "hopper/launch.cuh"
 #include "hopper/softmax.cuh"
 #include "hopper/tma.cuh"
 #include "hopper/wgmma.cuh"
@@ -358,10 +359,12 @@ __global__ void __launch_bounds__(kGroups * 128, 1) forward(const __grid_constan
     ptx::fence_mbarrier_init(ptx::sem_release, ptx::scope_cluster);
     for (const TensorMap* map : {&args.q, &args.k[0], &args.v[0], &args.k[1], &args.v[1], &args.out})
       prefetch_map(*map);
+    let_next_begin();
   }
   if (threadIdx.x < sizeof shared.zeros / 16) reinterpret_cast<uint4*>(shared.zeros)[threadIdx.x] = {};
   ptx::fence_proxy_async(ptx::space_shared);
   __syncthreads();
+  wait_for_former();
   attend<Element, C>(args, shared, __shfl_sync(~0u, threadIdx.x / 128, 0));
 }
 
@@ -397,8 +400,7 @@ void launch(const DualStreamForward& call, const KeyStream (&streams)[2], int de
   prepare(once, kernel, device);
   const int blocks =
       count_blocks(shape.batch * shape.heads, queries.tiles_per_line, num_processors(device), kGroups, 2);
-  kernel<<<blocks, kGroups * 128, sizeof(Shared<C>) + 1024, stream>>>(args);
-  check(cudaGetLastError(), "dual_stream_attn forward");
+  launch_early("dual_stream_attn forward", kernel, blocks, kGroups * 128, sizeof(Shared<C>) + 1024, stream, args);
 }
 
 template <typename Element>

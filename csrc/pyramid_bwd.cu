@@ -42,6 +42,7 @@ __global__ void __launch_bounds__(256)
     prepare_queries(const Element* out, const TensorView grad, const float* logsumexp, float* statistics, float4* dq,
                     int* counters, int heads, int groups, int rows, int per_group) {
   let_next_begin();
+  wait_for_former();
   if (blockIdx.x == 0)
     for (int i = threadIdx.x; i < kCounters; i += 256) counters[i] = 0;
   const QueryTile tile(heads, groups, per_group);
@@ -219,10 +220,9 @@ void launch(const PyramidBackward& call, int device, cudaStream_t stream) {
             rows = static_cast<int>(queries.rows), per_group = static_cast<int>(queries.per_group);
   static OncePerDevice once;
   load(once, device, prepare_queries<Element>, finish_dq<Element>);
-  prepare_queries<Element><<<static_cast<unsigned>(queries.count), 256, 0, stream>>>(
-      static_cast<const Element*>(call.out), call.grad, call.logsumexp, workspace.statistics,
-      reinterpret_cast<float4*>(workspace.dq), workspace.counters, heads, groups, rows, per_group);
-  check(cudaGetLastError(), kWhat);
+  launch_early(kWhat, prepare_queries<Element>, static_cast<unsigned>(queries.count), 256, 0, stream,
+               static_cast<const Element*>(call.out), call.grad, call.logsumexp, workspace.statistics,
+               reinterpret_cast<float4*>(workspace.dq), workspace.counters, heads, groups, rows, per_group);
   if (fused) {
     launch_keys<Element, Config<true, true, true>>(call, queries, workspace, device, stream);
     const TensorMap map =

@@ -19,6 +19,7 @@
 #include <algorithm>
 #include <cmath>
 
+#include "hopper/launch.cuh"
 #include "hopper/softmax.cuh"
 #include "hopper/tma.cuh"
 #include "hopper/wgmma.cuh"
@@ -295,11 +296,13 @@ __global__ void __launch_bounds__(C::kThreads, 1) forward(const __grid_constant_
     ptx::fence_mbarrier_init(ptx::sem_release, ptx::scope_cluster);
     prefetch_map(args.q);
     prefetch_map(args.out);
+    let_next_begin();
   } else if (threadIdx.x <= args.pieces_per_tile) {
     prefetch_map(args.k[threadIdx.x - 1]);
     prefetch_map(args.v[threadIdx.x - 1]);
   }
   __syncthreads();
+  wait_for_former();
   const int w = __shfl_sync(~0u, threadIdx.x / 128, 0);
   if (w == C::kGroups) {
     if constexpr (C::kRegisters > 0) asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(32));
@@ -330,8 +333,8 @@ void launch(const PyramidForward& call, int device, cudaStream_t stream) {
   const auto kernel = shares ? forward<Element, C, true> : forward<Element, C, false>;
   static OncePerDevice once[2];
   prepare(once[shares], kernel, device);
-  kernel<<<shares ? blocks : std::min(args.num_tiles, blocks), C::kThreads, sizeof(Shared<C>) + 1024, stream>>>(args);
-  check(cudaGetLastError(), "pyramid_st_attn forward");
+  launch_early("pyramid_st_attn forward", kernel, shares ? blocks : std::min(args.num_tiles, blocks), C::kThreads,
+               sizeof(Shared<C>) + 1024, stream, args);
 }
 
 // Rows that tiles of `warpgroups` warpgroups compute for those of one group.
