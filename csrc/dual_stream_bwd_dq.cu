@@ -302,7 +302,7 @@ __device__ void pass(const Arguments& args, Shared<C>& shared, int w) {
       place = next_place;
     }
   }
-  if (leader) ptx::cp_async_bulk_wait_group(ptx::n32_t<0>());
+  if (leader) ptx::cp_async_bulk_wait_group_read(ptx::n32_t<0>());
 }
 
 template <typename Element, Pass kPass, class C>

@@ -344,7 +344,7 @@ __device__ void attend(const Arguments& args, Shared<C>& shared, int w) {
       softmax.template exponentiate<true>(s, p, o);
     }
   }
-  if (leader) ptx::cp_async_bulk_wait_group(ptx::n32_t<0>());
+  if (leader) ptx::cp_async_bulk_wait_group_read(ptx::n32_t<0>());
 }
 
 template <typename Element, class C>

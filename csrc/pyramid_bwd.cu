@@ -96,7 +96,7 @@ __global__ void __launch_bounds__(128) finish_dq(const __grid_constant__ TensorM
   if (threadIdx.x == 0) {
     store_box(to, {tile.row, tile.head, tile.group, tile.clip}, shared);
     ptx::cp_async_bulk_commit_group();
-    ptx::cp_async_bulk_wait_group(ptx::n32_t<0>());
+    ptx::cp_async_bulk_wait_group_read(ptx::n32_t<0>());
   }
 }
 

@@ -157,7 +157,7 @@ __device__ void consume(const Arguments& args, Shared& shared, int w) {
       ptx::cp_async_bulk_commit_group();
     }
   }
-  if (leader) ptx::cp_async_bulk_wait_group(ptx::n32_t<0>());
+  if (leader) ptx::cp_async_bulk_wait_group_read(ptx::n32_t<0>());
 }
 
 template <typename Element>

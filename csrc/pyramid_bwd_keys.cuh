@@ -291,7 +291,7 @@ __device__ void consume(const Arguments& args, Shared<C>& shared, int w) {
     arrive_warp(&shared.tile_ring.free[tile_at.slot]);
     tile_at.advance();
   }
-  if (leader) ptx::cp_async_bulk_wait_group(ptx::n32_t<0>());
+  if (leader) ptx::cp_async_bulk_wait_group_read(ptx::n32_t<0>());
 }
 
 template <typename Element, class C>

@@ -282,7 +282,7 @@ __device__ void consume(const Arguments& args, Shared<C>& shared, int w) {
       if (takes_part<C, kShares>(args, tile, w) && count_references(args, Place(args, tile, C::kTileRows)) == 0)
         store(tile, o, {-INFINITY, -INFINITY});
   }
-  if (threadIdx.x % 128 == 0) ptx::cp_async_bulk_wait_group(ptx::n32_t<0>());
+  if (threadIdx.x % 128 == 0) ptx::cp_async_bulk_wait_group_read(ptx::n32_t<0>());
 }
 
 template <typename Element, class C, bool kShares>
