@@ -133,8 +133,8 @@ struct Weight {
     const unsigned m = place.group * queries.rows + query;
     const unsigned frame = m / static_cast<unsigned>(queries.tokens);
     const int64_t i = place.clip * stride_b + frame * stride_t + (m - frame * queries.tokens) * stride_n;
-    if (type == WeightType::kFloat32) return __ldg(static_cast<const float*>(data) + i);
-    const uint32_t bits = __ldg(static_cast<const unsigned short*>(data) + i);
+    if (type == WeightType::kFloat32) return static_cast<const float*>(data)[i];
+    const uint32_t bits = static_cast<const unsigned short*>(data)[i];
     if (type == WeightType::kBFloat16) return __uint_as_float(bits << 16);
     return __half2float(__ushort_as_half(static_cast<unsigned short>(bits)));
   }

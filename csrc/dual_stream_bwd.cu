@@ -247,10 +247,9 @@ __global__ void __launch_bounds__((kUnits + 1) * 128, 1) backward_keys(const __g
     ptx::fence_mbarrier_init(ptx::sem_release, ptx::scope_cluster);
     prefetch_map(args.q);
     prefetch_map(args.grad);
-    let_next_begin();
   }
   __syncthreads();
-  wait_for_former();
+  take_over();
   const int w = __shfl_sync(~0u, threadIdx.x / 128, 0);
   if (w == kUnits) {
     asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(40));
@@ -273,7 +272,7 @@ template <typename Element>
 __global__ void __launch_bounds__(128)
     add_sums(const __grid_constant__ Results results, const Ranges ranges, const float4* sums, int num_sums, bool dk,
              int parts, int units_per_line, int heads) {
-  wait_for_former();
+  take_over();
   const int of_block = blockIdx.x / kUnits, w = blockIdx.x % kUnits, lane = threadIdx.x % 32;
   const int line = of_block / units_per_line, clip = line / heads, head = line - clip * heads;
   const int which = blockIdx.y + (dk ? 0 : 1);

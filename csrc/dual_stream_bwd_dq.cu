@@ -137,7 +137,7 @@ __device__ void pass(const Arguments& args, Shared<C>& shared, int w) {
 #pragma unroll
     for (int i = 0; i < 2; i++) {
       const int query = min(place.row + warp * 16 + lane / 4 + 8 * i, queries.rows - 1);
-      logsumexp[i] = __ldg(args.logsumexp[stream] + place.index(queries, query));
+      logsumexp[i] = args.logsumexp[stream][place.index(queries, query)];
     }
   };
   const auto statistics_of = [&](const Place& place, int stream) {
@@ -151,7 +151,7 @@ __device__ void pass(const Arguments& args, Shared<C>& shared, int w) {
       const int query = min(place.row + in_tile, queries.rows - 1);
       row.logsumexp[i] = place.row + in_tile < queries.rows ? logsumexp[i] * static_cast<float>(M_LOG2E) : INFINITY;
       row.weight[i] = args.weight[stream].at(queries, place, query);
-      if (kPass == kGradient) row.delta[i] = __ldg(statistics_of(place, stream) + kRows + in_tile);
+      if (kPass == kGradient) row.delta[i] = statistics_of(place, stream)[kRows + in_tile];
     }
   };
   const auto write_row = [&](const Place& place, int stream, const float (&delta)[2]) {
@@ -315,12 +315,11 @@ __global__ void __launch_bounds__(kGroups * 128, 1) backward(const __grid_consta
     ptx::mbarrier_init(&shared.keys_filled, 1);
     ptx::fence_mbarrier_init(ptx::sem_release, ptx::scope_cluster);
     for (const TensorMap* map : {&args.q, &args.grad, &args.k[0], &args.v[0]}) prefetch_map(*map);
-    let_next_begin();
   }
   if (threadIdx.x < sizeof shared.zeros / 16) reinterpret_cast<uint4*>(shared.zeros)[threadIdx.x] = {};
   ptx::fence_proxy_async(ptx::space_shared);
   __syncthreads();
-  wait_for_former();
+  take_over();
   pass<Element, kPass, C>(args, shared, __shfl_sync(~0u, threadIdx.x / 128, 0));
 }
 

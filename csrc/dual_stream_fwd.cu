@@ -359,12 +359,11 @@ __global__ void __launch_bounds__(kGroups * 128, 1) forward(const __grid_constan
     ptx::fence_mbarrier_init(ptx::sem_release, ptx::scope_cluster);
     for (const TensorMap* map : {&args.q, &args.k[0], &args.v[0], &args.k[1], &args.v[1], &args.out})
       prefetch_map(*map);
-    let_next_begin();
   }
   if (threadIdx.x < sizeof shared.zeros / 16) reinterpret_cast<uint4*>(shared.zeros)[threadIdx.x] = {};
   ptx::fence_proxy_async(ptx::space_shared);
   __syncthreads();
-  wait_for_former();
+  take_over();
   attend<Element, C>(args, shared, __shfl_sync(~0u, threadIdx.x / 128, 0));
 }
 

@@ -41,8 +41,7 @@ template <typename Element>
 __global__ void __launch_bounds__(256)
     prepare_queries(const Element* out, const TensorView grad, const float* logsumexp, float* statistics, float4* dq,
                     int* counters, int heads, int groups, int rows, int per_group) {
-  let_next_begin();
-  wait_for_former();
+  take_over();
   if (blockIdx.x == 0)
     for (int i = threadIdx.x; i < kCounters; i += 256) counters[i] = 0;
   const QueryTile tile(heads, groups, per_group);
@@ -55,7 +54,7 @@ __global__ void __launch_bounds__(256)
       const Element* o = out + (((int64_t{tile.clip} * groups + tile.group) * rows + row) * heads + tile.head) * 64 + d;
       const Element* g = static_cast<const Element*>(grad.data) + tile.clip * grad.stride_b +
                          tile.group * grad.stride_t + row * grad.stride_n + tile.head * grad.stride_h + d;
-      const uint4 a = __ldg(reinterpret_cast<const uint4*>(o)), b = __ldg(reinterpret_cast<const uint4*>(g));
+      const uint4 a = *reinterpret_cast<const uint4*>(o), b = *reinterpret_cast<const uint4*>(g);
 #pragma unroll
       for (int j = 0; j < 8; j++)
         delta += static_cast<float>(reinterpret_cast<const Element*>(&a)[j]) *
@@ -79,7 +78,7 @@ template <typename Element>
 __global__ void __launch_bounds__(128) finish_dq(const __grid_constant__ TensorMap to, const float4* dq, float scale,
                                                  int heads, int groups, int per_group) {
   __shared__ alignas(1024) char shared[kTileBytes];
-  wait_for_former();
+  take_over();
   const QueryTile tile(heads, groups, per_group);
   float d[32];
 #pragma unroll
@@ -205,8 +204,9 @@ void launch_keys(const PyramidBackward& call, const QueryTiles& queries, const W
   const auto kernel = backward<Element, C>;
   static OncePerDevice once;
   prepare(once, kernel, device);
-  launch_early(kWhat, kernel, std::min(args.num_tiles, num_processors(device)), C::kThreads, sizeof(Shared<C>) + 1024,
-               stream, args);
+  const int launched = args.num_tiles + args.split.count * (args.split.parts - 1);
+  launch_early(kWhat, kernel, std::min(launched, num_processors(device)), C::kThreads, sizeof(Shared<C>) + 1024, stream,
+               args);
 }
 
 template <typename Element>

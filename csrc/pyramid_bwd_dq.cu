@@ -95,8 +95,8 @@ __device__ void consume(const Arguments& args, Shared& shared, int w) {
             args.statistics + (int64_t{line} * args.statistics_per_group + row / kUnit) * kStatistics;
 #pragma unroll
         for (int i = 0; i < 2; i++) {
-          logsumexp[i] = __ldg(statistics + warp * 16 + lane / 4 + 8 * i);
-          delta[i] = __ldg(statistics + kUnit + warp * 16 + lane / 4 + 8 * i);
+          logsumexp[i] = statistics[warp * 16 + lane / 4 + 8 * i];
+          delta[i] = statistics[kUnit + warp * 16 + lane / 4 + 8 * i];
         }
       }
       wait(&shared.q_ring[w].filled[q_at.slot], q_at.round);
@@ -175,7 +175,7 @@ __global__ void __launch_bounds__((kGroups + 1) * 128, 1) backward_dq(const __gr
     prefetch_map(args.v[threadIdx.x - 1]);
   }
   __syncthreads();
-  wait_for_former();
+  take_over();
   const int w = __shfl_sync(~0u, threadIdx.x / 128, 0);
   if (w == kGroups) {
     asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(32));

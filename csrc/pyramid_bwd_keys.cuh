@@ -308,10 +308,9 @@ __global__ void __launch_bounds__(C::kThreads, 1) backward(const __grid_constant
     shared.ds_ring.init(kDQWarps, kKeyWarps);
     ptx::fence_mbarrier_init(ptx::sem_release, ptx::scope_cluster);
     for (const TensorMap* map : {&args.q, &args.grad, &args.k, &args.v}) prefetch_map(*map);
-    let_next_begin();
   }
   __syncthreads();
-  wait_for_former();
+  take_over();
   const int w = __shfl_sync(~0u, threadIdx.x / 128, 0);
   if (w == kUnits) {
     asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(C::kFeedRegisters));

@@ -296,13 +296,12 @@ __global__ void __launch_bounds__(C::kThreads, 1) forward(const __grid_constant_
     ptx::fence_mbarrier_init(ptx::sem_release, ptx::scope_cluster);
     prefetch_map(args.q);
     prefetch_map(args.out);
-    let_next_begin();
   } else if (threadIdx.x <= args.pieces_per_tile) {
     prefetch_map(args.k[threadIdx.x - 1]);
     prefetch_map(args.v[threadIdx.x - 1]);
   }
   __syncthreads();
-  wait_for_former();
+  take_over();
   const int w = __shfl_sync(~0u, threadIdx.x / 128, 0);
   if (w == C::kGroups) {
     if constexpr (C::kRegisters > 0) asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(32));

@@ -106,7 +106,7 @@ __device__ inline int count_references(const Gather& args, const Place& place) {
   for (int r = 0; r < args.num_refs; r += 32) {
     const int i = r + threadIdx.x % 32;
     count += __popc(
-        __ballot_sync(~0u, i < args.num_refs && exists(args.key_frames, __ldg(refs + min(i, args.num_refs - 1)))));
+        __ballot_sync(~0u, i < args.num_refs && exists(args.key_frames, refs[min(i, args.num_refs - 1)])));
   }
   return count;
 }
@@ -127,7 +127,7 @@ class References {
 
  private:
   __device__ void skip() {
-    while (entry_ < end_ && !exists(key_frames_, frame_ = __ldg(entry_))) entry_++;
+    while (entry_ < end_ && !exists(key_frames_, frame_ = *entry_)) entry_++;
   }
 
   const int32_t *entry_, *end_;

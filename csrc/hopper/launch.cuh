@@ -24,7 +24,12 @@ void launch_early(const char* what, void (*kernel)(Parameters...), dim3 blocks, 
   check(cudaLaunchKernelEx(&config, kernel, parameters...), what);
 }
 
-__device__ inline void let_next_begin() { asm volatile("griddepcontrol.launch_dependents;" ::: "memory"); }
-__device__ inline void wait_for_former() { asm volatile("griddepcontrol.wait;" ::: "memory"); }
+// Before anything in global memory is read or written: waits until the kernel ahead has ended, and lets the next one
+// begin. Not earlier, so that no more than two are there at once: what a third one wrote while a block was there might
+// not be seen through its L1.
+__device__ inline void take_over() {
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+}
 
 }  // namespace univid::hopper
