@@ -50,6 +50,7 @@ enum State { kEnd, kUnread, kRead };  // there are no more tiles; zeros; queries
 // A tile of queries as it goes through a block, a step, is one number: the tile (QueryTiles leaves room), and below it
 // kLast and a bit for each warpgroup that takes part.
 constexpr int kBoth = (1 << kUnits) - 1, kLast = 1 << kUnits, kStepBits = kUnits + 1;
+static_assert(kStepBits == 3);  // as QueryTiles counts on
 
 // Of which gradients, and so of which products, there are.
 template <bool kDQ_, bool kDK_, bool kDV_>
