@@ -9,7 +9,20 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from tests.tester import DTYPES, HALVES, LARGE_LOGITS, Case, Operator, Random, Run, Tester, drawn_runs, every_run
+from tests.tester import (
+    DTYPES,
+    HALVES,
+    LARGE_LOGITS,
+    STEEP_LOGITS,
+    STEEP_LOGITS_FLOAT32,
+    Case,
+    Operator,
+    Random,
+    Run,
+    Tester,
+    drawn_runs,
+    every_run,
+)
 from univid.ops import dual_stream_attn, reference
 
 BF16, FP16, FP32 = DTYPES
@@ -166,12 +179,14 @@ CASES = [
     DualCase(id="weights-far-apart", text=77, image=257, image_weight=0.02, compiled=HALVES),
     DualCase(id="weights-far-apart-text", text=77, image=257, text_weight=0.02, image_weight=1.0),
     # Tiles of keys that outgrow the reference which a row has, or all but vanish beside it: first ones, and later ones.
-    DualCase(id="rising", text=77, image=257, rises=(("image", 100, 12.0),), compiled=DTYPES),
-    DualCase(id="rising-text", text=200, image=9, rises=(("text", 150, 12.0), ("image", 0, -10.0)), compiled=DTYPES),
-    DualCase(id="rising-alone", text=0, image=257, queries=(100,), rises=(("image", 100, 9.0), ("image", 190, 21.0)), compiled=DTYPES),
-    DualCase(id="rising-first", text=77, image=257, rises=(("text", 0, 10.5), ("image", 0, -10.0)), compiled=DTYPES),
-    DualCase(id="falling-first", text=77, image=257, rises=(("text", 0, -27.0), ("image", 0, 10.5)), compiled=DTYPES),
-    DualCase(id="falling", text=13, image=35, rises=(("text", 0, -27.0), ("image", 0, -10.0)), compiled=DTYPES),
+    DualCase(id="rising", text=77, image=257, rises=(("image", 100, 12.0),), **STEEP_LOGITS),
+    DualCase(id="rising-text", text=200, image=9, rises=(("text", 150, 12.0), ("image", 0, -10.0)), **STEEP_LOGITS),
+    DualCase(id="rising-alone", text=0, image=257, queries=(100,), rises=(("image", 100, 9.0), ("image", 190, 21.0)), **STEEP_LOGITS),
+    DualCase(id="rising-first", text=77, image=257, rises=(("text", 0, 10.5), ("image", 0, -10.0)), **STEEP_LOGITS),
+    DualCase(id="falling-first", text=77, image=257, rises=(("text", 0, -27.0), ("image", 0, 10.5)), **STEEP_LOGITS),
+    DualCase(id="falling", text=13, image=35, rises=(("text", 0, -27.0), ("image", 0, -10.0)), **STEEP_LOGITS),
+    DualCase(id="rising-float32", text=77, image=257, rises=(("image", 100, 12.0),), **STEEP_LOGITS_FLOAT32),
+    DualCase(id="falling-first-float32", text=77, image=257, rises=(("text", 0, -27.0), ("image", 0, 10.5)), **STEEP_LOGITS_FLOAT32),
     DualCase(id="rank3", queries=(), text_weight=(2,), interpreted=(FP32,)),
     DualCase(id="rank4", queries=(37,), text_weight=(2, 37), image_weight=(1, 37)),
     DualCase(id="rank6", queries=(3, 5, 7), text_weight=(2, 3), image_weight=(1, 3, 5, 1), interpreted=(FP32,), small={"H": 1}),

@@ -13,6 +13,8 @@ from tests.tester import (
     DTYPES,
     HALVES,
     LARGE_LOGITS,
+    STEEP_LOGITS,
+    STEEP_LOGITS_FLOAT32,
     Case,
     Operator,
     Random,
@@ -94,7 +96,7 @@ RAGGED_CLIPS = torch.stack([RAGGED, RAGGED.flip(0)])
 # Frames whose logits rise, one behind the other in every order: a tile of keys that outgrows the former ones, in its first
 # half or its second, and by more or less than P can hold.
 RISING = torch.tensor([[0, 1, 2, 4], [0, 1, 3, 2], [1, -1, 0, 4], [2, 0, 1, 4], [3, 0, 4, 2]])
-RISES = {"rises": (0, 0, 10.5, 0, 26), "refs": ReferenceFrames.from_table(RISING, 5), "compiled": DTYPES}
+RISES = {"rises": (0, 0, 10.5, 0, 26), "refs": ReferenceFrames.from_table(RISING, 5)}
 SHARED_CLIPS = torch.tensor([[3, 0, 3, 1], [4, -1, 2, 2]])[:, None].expand(2, 5, 4)  # all rows of a clip are equal
 
 ONCE = {"interpreted": (FP32,), "small": {"H": 1}}
@@ -143,9 +145,10 @@ CASES = [
     PyramidCase(id="shared-by-clip-raw", refs=SHARED_CLIPS),
     # As many references as frames: the keys of all are one long frame, with weights.
     PyramidCase(id="shared-repeated", refs=torch.tensor([3, 0, 3, 1, 0, -1]), compiled=HALVES),
-    PyramidCase(id="rising", **RISES),
-    PyramidCase(id="rising-four-warpgroups", **RISES, B=1, N=200, H=1),
-    PyramidCase(id="rising-dense", **(RISES | {"refs": ReferenceFrames.all(5)})),
+    PyramidCase(id="rising", **RISES, **STEEP_LOGITS),
+    PyramidCase(id="rising-float32", **RISES, **STEEP_LOGITS_FLOAT32),
+    PyramidCase(id="rising-four-warpgroups", **RISES, **STEEP_LOGITS, B=1, N=200, H=1),
+    PyramidCase(id="rising-dense", **(RISES | {"refs": ReferenceFrames.all(5)}), **STEEP_LOGITS),
     PyramidCase(id="large", **LARGE, refs=ReferenceFrames.pyramid(6, 4)),
     PyramidCase(id="large-ragged", **LARGE, refs=ReferenceFrames.from_table(LARGE_RAGGED, 6)),
     PyramidCase(id="large-clips", **LARGE, refs=LARGE_CLIPS, layouts=("packed",) * 3),
