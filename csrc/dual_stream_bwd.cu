@@ -7,8 +7,10 @@
 // w·Pᵀ and dSᵀ are operands of dV += w·Pᵀ·dO and dK += dSᵀ·Q straight from registers. The third warpgroup is one thread
 // that feeds. A weight that is a number waits until the end.
 //
-// Blocks take equal ranges, which may go on into the next units, and leave sums in float32, in the order of their
-// lanes. They are added in the order of the blocks, so that results have the same bits from run to run.
+// As many blocks as a (clip, head) has units of two take the same range of its queries, each with keys of its own, so
+// that Q and dO come from DRAM once. Ranges are equal and may go on into the next (clip, head). Blocks leave sums in
+// float32, in the order of their lanes. They are added in the order of the ranges, so that results have the same bits
+// from run to run.
 //
 // K and V come from registers: a product of 64 x 64 with both operands in shared memory takes all of its bandwidth, and
 // the statistics wait.
@@ -16,9 +18,8 @@
 // Registers of a lane: 64 of dK and dV, 64 of S and dP, 16 of P, dS, K and V each, of 232. Shared memory: K and V,
 // 32 KB; 6 stages of Q, dO and statistics, 105 KB.
 //
-// Measured 2026-11-29 on one H200 (B = 2, T = 24, D = 64, bfloat16, 77 + 257 keys, replays of a graph; 8192³ product
-// 694 TFLOP/s), ms at N/H = 2880/5, 720/10, 180/20, 45/20: 0.440, 0.229, 0.128, 0.047; of that dQ, 2026-11-24, 0.203,
-// 0.110, 0.064, 0.022.
+// Measured 2026-11-30 on one H200 (B = 2, T = 24, D = 64, bfloat16, 77 + 257 keys, replays of a graph), ms at N/H =
+// 2880/5, 720/10, 180/20, 45/20: 0.412, 0.218, 0.125, 0.045; of that dQ, 2026-11-24, 0.203, 0.110, 0.064, 0.022.
 #include <algorithm>
 #include <cmath>
 
@@ -38,25 +39,28 @@ constexpr int kPart = 16;  // keys of a warp
 constexpr int kPartBytes = kPart * kRowBytes;
 constexpr int kUnitParts = 4;
 constexpr int kUnitFloats = 64 * 64;  // of dK, and of dV
+constexpr int kAtOnce = 4;            // sums on their way to a lane
 
-// Ranges of query tiles: block b has those from ⌊b · tiles / blocks⌋ on, of all blocks' units one after the other. What
-// it finds for units u lies at place b + u of the sums.
+// Ranges of query tiles, of all (clip, head), lines, one after the other: range r begins at ⌊r · tiles / count⌋. Block
+// b takes range ⌊b / units⌋ with the (b mod units)-th of a line's block units, of which each has two units. What it
+// finds in a line lies at place (range + line) · units + unit of the sums.
 struct Ranges {
   int64_t tiles;
-  int blocks;
-  int per_unit;  // tiles of a block's units
+  int count;
+  int per_line;  // tiles
+  int units;     // of a line
 
-  __host__ __device__ int64_t begin(int block) const { return tiles * block / blocks; }
-  __host__ __device__ int block_of(int64_t tile) const { return static_cast<int>(((tile + 1) * blocks - 1) / tiles); }
+  __host__ __device__ int64_t begin(int range) const { return tiles * range / count; }
+  __host__ __device__ int range_of(int64_t tile) const { return static_cast<int>(((tile + 1) * count - 1) / tiles); }
+  __device__ int64_t place(int range, int line, int unit) const { return int64_t{range + line} * units + unit; }
 };
 
 struct Arguments {
   Queries queries;
   Ranges ranges;
   TensorMap q, grad, k[2], v[2];
-  int parts[2];        // of a stream's keys, 16 each
-  int units_per_line;  // of a block's units
-  bool is_weighted;    // some weight is a tensor
+  int parts[2];      // of a stream's keys, 16 each
+  bool is_weighted;  // some weight is a tensor
   const float* statistics;
   float* sums;
   float scale_log2;
@@ -79,17 +83,20 @@ struct Shared {
   Ring<kStages> ring;
 };
 
-// A block's walk through its range: units of keys, and the query tiles that pass them.
+// A block's walk through its range, line by line.
 struct Walk {
+  int range, unit;
   int64_t at, end;
 
-  __device__ explicit Walk(const Ranges& ranges) : at(ranges.begin(blockIdx.x)), end(ranges.begin(blockIdx.x + 1)) {}
+  __device__ explicit Walk(const Ranges& ranges)
+      : range(blockIdx.x / ranges.units),
+        unit(blockIdx.x - range * ranges.units),
+        at(ranges.begin(range)),
+        end(ranges.begin(range + 1)) {}
   __device__ bool more() const { return at < end; }
-  // Of all blocks' units.
-  __device__ int unit(const Ranges& ranges) const { return static_cast<int>(at / ranges.per_unit); }
-  __device__ int first(const Ranges& ranges) const { return static_cast<int>(at % ranges.per_unit); }
+  __device__ int line(const Ranges& ranges) const { return static_cast<int>(at / ranges.per_line); }
   __device__ int count(const Ranges& ranges) const {
-    return static_cast<int>(min(end - at, static_cast<int64_t>(ranges.per_unit - first(ranges))));
+    return static_cast<int>(min(end, int64_t{line(ranges) + 1} * ranges.per_line) - at);
   }
   __device__ void advance(const Ranges& ranges) { at += count(ranges); }
 };
@@ -99,13 +106,13 @@ __device__ void feed(const Arguments& args, Shared& shared) {
   Cursor<1> key_at;
   Cursor<kStages> at;
   for (Walk walk(args.ranges); walk.more(); walk.advance(args.ranges)) {
-    const int unit = walk.unit(args.ranges), line = unit / args.units_per_line;
+    const int line = walk.line(args.ranges);
     const int clip = line / queries.heads, head = line - clip * queries.heads;
     wait(&shared.key_ring.free[0], key_at.round ^ 1);
     uint64_t* filled = &shared.key_ring.filled[0];
     expect(filled, 2 * kUnits * kTileBytes);
     for (int i = 0; i < kUnits * kUnitParts; i++) {
-      int part = (unit - line * args.units_per_line) * kUnits * kUnitParts + i;
+      int part = walk.unit * kUnits * kUnitParts + i;
       const int stream = part >= args.parts[0] && args.parts[1] > 0;
       if (stream) part -= args.parts[0];
       const Box box{part * kPart, head, 0, clip};  // rows that do not exist come as zeros
@@ -114,7 +121,7 @@ __device__ void feed(const Arguments& args, Shared& shared) {
     }
     key_at.advance();
     const int count = walk.count(args.ranges);
-    int tile = line * queries.tiles_per_line + walk.first(args.ranges);
+    int tile = static_cast<int>(walk.at);
     for (int i = 0; i < count; i++, tile++) {
       const Box box = Place(queries, tile).box();
       wait(&shared.ring.free[at.slot], at.round ^ 1);
@@ -138,8 +145,8 @@ __device__ void consume(const Arguments& args, Shared& shared, int w) {
   uint32_t k[16], v[16], p[16], ds[16];
 
   for (Walk walk(args.ranges); walk.more(); walk.advance(args.ranges)) {
-    const int unit = walk.unit(args.ranges), count = walk.count(args.ranges);
-    const int part = (unit % args.units_per_line * kUnits + w) * kUnitParts + warp;
+    const int count = walk.count(args.ranges);
+    const int part = (walk.unit * kUnits + w) * kUnitParts + warp;
     const int offset = part >= args.parts[0] ? kOfStream : 0;  // of the warp's stream, among the statistics
 #pragma unroll
     for (int i = 0; i < 32; i++) dk[i] = dv[i] = 0;
@@ -225,8 +232,8 @@ __device__ void consume(const Arguments& args, Shared& shared, int w) {
     pin(dv);
     arrive_warp(&shared.ring.free[held]);
     arrive_warp(&shared.key_ring.free[0]);
-    float4* to = reinterpret_cast<float4*>(args.sums) +
-                 (int64_t{blockIdx.x + unit} * kUnits + w) * C::kSums * (kUnitFloats / 4) + threadIdx.x % 128;
+    const int64_t place = args.ranges.place(walk.range, walk.line(args.ranges), walk.unit) * kUnits + w;
+    float4* to = reinterpret_cast<float4*>(args.sums) + place * C::kSums * (kUnitFloats / 4) + threadIdx.x % 128;
     const auto put = [&](const float (&d)[32]) {
 #pragma unroll
       for (int j = 0; j < 8; j++) to[128 * j] = {d[4 * j], d[4 * j + 1], d[4 * j + 2], d[4 * j + 3]};
@@ -267,43 +274,45 @@ struct Results {
   int length[2];
 };
 
-// Adds up a unit's sums of dK (or dV), as many as there are.
+// Adds up a unit's sums of dK (or dV), as many as there are: four numbers a lane.
 template <typename Element>
-__global__ void __launch_bounds__(128)
-    add_sums(const __grid_constant__ Results results, const Ranges ranges, const float4* sums, int num_sums, bool dk,
-             int parts, int units_per_line, int heads) {
-  take_over();
+__global__ void __launch_bounds__(128) add_sums(const __grid_constant__ Results results, const Ranges ranges,
+                                                const float4* sums, int num_sums, bool dk, int parts, int heads) {
   const int of_block = blockIdx.x / kUnits, w = blockIdx.x % kUnits, lane = threadIdx.x % 32;
-  const int line = of_block / units_per_line, clip = line / heads, head = line - clip * heads;
-  const int which = blockIdx.y + (dk ? 0 : 1);
-  int part = (of_block % units_per_line * kUnits + w) * kUnitParts + threadIdx.x / 32;
+  const int line = of_block / ranges.units, unit = of_block - line * ranges.units;
+  const int clip = line / heads, head = line - clip * heads;
+  const int which = blockIdx.y + (dk ? 0 : 1), j = blockIdx.z;
+  int part = (unit * kUnits + w) * kUnitParts + threadIdx.x / 32;
   const int stream = part >= parts;
   if (stream) part -= parts;
   const int row = part * kPart + lane / 4, length = results.length[stream];
+  const int64_t first = int64_t{line} * ranges.per_line;
+  int range = ranges.range_of(first);
+  const int end = ranges.range_of(first + ranges.per_line - 1) + 1;
+  const int64_t next = int64_t{ranges.units} * kUnits * num_sums * (kUnitFloats / 4);  // of one range after another
+  const float4* from =
+      sums + ((ranges.place(range, line, unit) * kUnits + w) * num_sums + blockIdx.y) * (kUnitFloats / 4) + 128 * j;
+  take_over();
   if (part * kPart >= length || results.to[stream][which] == nullptr) return;
-  const int64_t first = int64_t{of_block} * ranges.per_unit;
-  const int last_block = ranges.block_of(first + ranges.per_unit - 1);
-  float4 total[8] = {};
-  for (int block = ranges.block_of(first); block <= last_block; block++) {
-    const float4* from = sums + ((int64_t{block + of_block} * kUnits + w) * num_sums + blockIdx.y) * (kUnitFloats / 4);
+  float4 total = {};
+  for (; range < end; range += kAtOnce, from += kAtOnce * next) {
+    float4 x[kAtOnce];
 #pragma unroll
-    for (int j = 0; j < 8; j++) {
-      const float4 x = __ldcs(from + 128 * j + threadIdx.x);
-      total[j].x += x.x;
-      total[j].y += x.y;
-      total[j].z += x.z;
-      total[j].w += x.w;
+    for (int i = 0; i < kAtOnce; i++) x[i] = __ldcs(from + min(i, end - 1 - range) * next + threadIdx.x);
+#pragma unroll
+    for (int i = 0; i < kAtOnce; i++) {
+      if (range + i >= end) continue;
+      total.x += x[i].x;
+      total.y += x[i].y;
+      total.z += x[i].z;
+      total.w += x[i].w;
     }
   }
   const float factor = results.factor[stream][which];
   uint32_t* to = static_cast<uint32_t*>(results.to[stream][which]) +
-                 ((int64_t{clip} * length + row) * heads + head) * 32 + lane % 4;
-  const int64_t down = int64_t{8} * heads * 32;
-#pragma unroll
-  for (int j = 0; j < 8; j++) {
-    if (row < length) to[4 * j] = pack<Element>(total[j].x * factor, total[j].y * factor);
-    if (row + 8 < length) to[down + 4 * j] = pack<Element>(total[j].z * factor, total[j].w * factor);
-  }
+                 ((int64_t{clip} * length + row) * heads + head) * 32 + lane % 4 + 4 * j;
+  if (row < length) *to = pack<Element>(total.x * factor, total.y * factor);
+  if (row + 8 < length) to[int64_t{8} * heads * 32] = pack<Element>(total.z * factor, total.w * factor);
 }
 
 // --- launches --------------------------------------------------------------------------------------------------------
@@ -312,10 +321,10 @@ int count_parts(int64_t length) { return static_cast<int>((length + kPart - 1) /
 
 int count_units(int parts) { return (parts + kUnits * kUnitParts - 1) / (kUnits * kUnitParts); }
 
-Ranges make_ranges(const Queries& queries, int units_per_line, int device) {
-  const int64_t units = int64_t{queries.num_tiles} / queries.tiles_per_line * units_per_line;
-  const int blocks = count_blocks(units, queries.tiles_per_line, num_processors(device), 1, 4);
-  return {units * queries.tiles_per_line, blocks, queries.tiles_per_line};
+Ranges make_ranges(const Queries& queries, int units, int device) {
+  const int lines = queries.num_tiles / queries.tiles_per_line;
+  const int ranges = count_blocks(lines, queries.tiles_per_line, std::max(num_processors(device) / units, 1), 1, 4);
+  return {queries.num_tiles, ranges, queries.tiles_per_line, units};
 }
 
 template <typename Element, class C>
@@ -351,8 +360,7 @@ void launch_keys(const DualStreamBackward& call, const Queries& queries, const f
     results.factor[i][0] = number * shape.scale;
     results.factor[i][1] = number;
   }
-  args.units_per_line = count_units(args.parts[0] + args.parts[1]);
-  args.ranges = make_ranges(queries, args.units_per_line, device);
+  args.ranges = make_ranges(queries, count_units(args.parts[0] + args.parts[1]), device);
   args.statistics = statistics;
   args.sums = const_cast<float*>(statistics) + int64_t{queries.num_tiles} * kStatistics;
   args.scale_log2 = shape.scale * static_cast<float>(M_LOG2E);
@@ -360,12 +368,13 @@ void launch_keys(const DualStreamBackward& call, const Queries& queries, const f
   const auto kernel = backward_keys<Element, C>;
   static OncePerDevice once;
   prepare(once, kernel, device);
-  launch_early(kWhat, kernel, args.ranges.blocks, (kUnits + 1) * 128, sizeof(Shared) + 1024, stream, args);
+  launch_early(kWhat, kernel, args.ranges.count * args.ranges.units, (kUnits + 1) * 128, sizeof(Shared) + 1024, stream,
+               args);
 
-  const auto units = static_cast<unsigned>(args.ranges.tiles / args.ranges.per_unit);
-  launch_early(kWhat, add_sums<Element>, {units * kUnits, C::kSums}, 128, 0, stream, results, args.ranges,
-               reinterpret_cast<const float4*>(args.sums), int{C::kSums}, bool{C::kDK}, args.parts[0],
-               args.units_per_line, queries.heads);
+  const auto units = static_cast<unsigned>(args.ranges.tiles / args.ranges.per_line * args.ranges.units);
+  launch_early(kWhat, add_sums<Element>, {units * kUnits, C::kSums, kUnitFloats / 4 / 128}, 128, 0, stream, results,
+               args.ranges, reinterpret_cast<const float4*>(args.sums), int{C::kSums}, bool{C::kDK}, args.parts[0],
+               queries.heads);
 }
 
 template <typename Element>
