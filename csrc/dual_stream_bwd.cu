@@ -7,10 +7,9 @@
 // w·Pᵀ and dSᵀ are operands of dV += w·Pᵀ·dO and dK += dSᵀ·Q straight from registers. The third warpgroup is one thread
 // that feeds. A weight that is a number waits until the end.
 //
-// As many blocks as a (clip, head) has units of two take the same range of its queries, each with keys of its own, so
-// that Q and dO come from DRAM once. Ranges are equal and may go on into the next (clip, head). Blocks leave sums in
-// float32, in the order of their lanes. They are added in the order of the ranges, so that results have the same bits
-// from run to run.
+// As many blocks as a (clip, head) has pairs of units take the same range of its queries, so that Q and dO come from
+// DRAM once. Ranges are equal and may go on into the next (clip, head). Blocks leave sums in float32, in the order of
+// their lanes. They are added in the order of the ranges, so that results have the same bits from run to run.
 //
 // K and V come from registers: a product of 64 x 64 with both operands in shared memory takes all of its bandwidth, and
 // the statistics wait.
@@ -41,14 +40,14 @@ constexpr int kUnitParts = 4;
 constexpr int kUnitFloats = 64 * 64;  // of dK, and of dV
 constexpr int kAtOnce = 4;            // sums on their way to a lane
 
-// Ranges of query tiles, of all (clip, head), lines, one after the other: range r begins at ⌊r · tiles / count⌋. Block
-// b takes range ⌊b / units⌋ with the (b mod units)-th of a line's block units, of which each has two units. What it
-// finds in a line lies at place (range + line) · units + unit of the sums.
+// Ranges of query tiles, those of all lines, (clip, head), one after the other: range r begins at ⌊r · tiles / count⌋.
+// A line has `units` pairs of units: block b takes range ⌊b / units⌋ with pair b mod units. What it finds in a line
+// lies at place() of the sums.
 struct Ranges {
   int64_t tiles;
   int count;
   int per_line;  // tiles
-  int units;     // of a line
+  int units;     // of a line: pairs, a block each
 
   __host__ __device__ int64_t begin(int range) const { return tiles * range / count; }
   __host__ __device__ int range_of(int64_t tile) const { return static_cast<int>(((tile + 1) * count - 1) / tiles); }

@@ -105,7 +105,8 @@ __device__ inline int count_references(const Gather& args, const Place& place) {
   int count = 0;
   for (int r = 0; r < args.num_refs; r += 32) {
     const int i = r + threadIdx.x % 32;
-    count += __popc(__ballot_sync(~0u, i < args.num_refs && exists(args.key_frames, refs[min(i, args.num_refs - 1)])));
+    count += __popc(  // a lane has an entry
+        __ballot_sync(~0u, i < args.num_refs && exists(args.key_frames, refs[min(i, args.num_refs - 1)])));
   }
   return count;
 }
