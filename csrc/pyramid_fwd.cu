@@ -144,14 +144,21 @@ __device__ void consume(const Arguments& args, Shared<C>& shared, int w) {
     multiply_add<Element>(o, p, tile_descriptor(shared.v[v_at.slot]));
     wgmma_commit();
   };
+  // Of the tile of keys that comes next: whether some are to be masked. Reckoned a tile ahead, so that nothing waits
+  // for it once the scores are there.
+  bool masks = false;
+  const auto look_ahead = [&] { masks = left < pieces || (!whole_frames && first + pieces >= args.pieces_per_frame); };
   const auto finish_scores = [&] {
     pin(s);
     release(&shared.k_ring.free[k_at.slot], tile);
+    if (masks) mask(args, first, left, s);
+  };
+  const auto advance = [&] {
     k_at.advance();
-    if (left < pieces || (!whole_frames && first + pieces >= args.pieces_per_frame)) mask(args, first, left, s);
     first += args.pieces_step;
     if (first >= args.pieces_per_frame) first -= args.pieces_per_frame;
     left -= pieces;
+    look_ahead();
   };
   const auto finish_output = [&](int tile) {
     pin(o);
@@ -199,6 +206,7 @@ __device__ void consume(const Arguments& args, Shared<C>& shared, int w) {
       left = count_references(args, Place(args, tile, C::kTileRows)) * args.pieces_per_frame;
       if (left > 0) {
         first = 0;
+        look_ahead();
         wait(&shared.q_ring[w].filled[q_at.slot], q_at.round);
         if constexpr (C::kQInRegisters) {
           load_tile(shared.q[q_at.slot][w], q, warp, lane);
@@ -222,10 +230,19 @@ __device__ void consume(const Arguments& args, Shared<C>& shared, int w) {
     start_scores();
     wgmma_wait<0>();
     finish_scores();
+    advance();
     softmax.start(s, p);
+    float sums[2] = {0, 0};  // of the tile of keys that is to be settled
+    bool fits = true;
+    const auto settle = [&] {
+      if (!fits) softmax.repeat(s, p, sums, o);
+      softmax.add(sums);
+    };
     while (true) {
       const int former = tile;
+      bool goes_on = true;
       if (left <= 0) {
+        goes_on = false;
         tile = tile_after<C, kShares>(args, tile);
         if (!next_tile()) {
           tile = former;
@@ -233,32 +250,36 @@ __device__ void consume(const Arguments& args, Shared<C>& shared, int w) {
         }
       }
       wait_k();
-      wait_v();
       if (!is_alone(tile)) take_turn();
+      settle();  // here, where its vote has had the time that the waits take
       start_scores();
+      wait_v();
       start_output();
       if (!is_alone(tile)) give_turn(w + 1 == C::kGroups ? 0 : w + 1);
       wgmma_wait<1>();
       finish_scores();
-      if (tile == former) {
-        // A branch between the halves, or else ptxas waits for the output before the first.
-        float sums[2] = {0, 0};
+      sums[0] = sums[1] = 0;
+      if (goes_on) {
         uint32_t p_half[kHalf];
         softmax.template exponentiate<0, kHalf>(s, p_half, sums);
         pin(p_half);
-        if (softmax.fits(sums)) {
+        advance();
+        // A branch between the halves, or else ptxas waits for the output before the first.
+        if (zero == 0) {
           wgmma_wait<0>();
           finish_output(former);
           softmax.template exponentiate<kHalf, kPacked>(s, p + kHalf, sums);
 #pragma unroll
           for (int i = 0; i < kHalf; i++) p[i] = p_half[i] | zero;  // a plain move would be merged away, into p
         } else {
-          asm volatile("// outgrown");  // so that the branches have no beginning in common
+          asm volatile("// never");  // so that the branches have no beginning in common
           wgmma_wait<0>();
           finish_output(former);
+          sums[0] = INFINITY;
         }
-        softmax.finish(s, p, sums, o);
+        fits = softmax.fits(sums);
       } else {
+        advance();
         wgmma_wait<0>();
         finish_output(former);
         float result[32], logsumexp[2];
@@ -266,9 +287,11 @@ __device__ void consume(const Arguments& args, Shared<C>& shared, int w) {
         store(former, result, logsumexp);
         clear();
         softmax.start(s, p);
+        fits = true;
       }
     }
     wait_v();
+    settle();
     start_output();
     wgmma_wait<0>();
     finish_output(tile);

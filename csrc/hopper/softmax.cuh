@@ -51,19 +51,20 @@ class Softmax {
     return __all_sync(~0u, sums[0] <= kLimit && sums[1] <= kLimit);
   }
 
-  // Adds a tile's sums, or, where some row of the warp has outgrown its reference, makes p again and rescales o.
-  __device__ void finish(const Scores& s, uint32_t (&p)[kPacked], float (&sums)[2], float (&o)[32]) {
-    if (!fits(sums)) {
-      const float former[2] = {reference_[0], reference_[1]};
-      raise(s);
-      const float factor[2] = {exp2_fast(former[0] - reference_[0]), exp2_fast(former[1] - reference_[1])};
+  // Where some row of the warp has outgrown its reference: makes p again, and its sums, and rescales o.
+  __device__ void repeat(const Scores& s, uint32_t (&p)[kPacked], float (&sums)[2], float (&o)[32]) {
+    const float former[2] = {reference_[0], reference_[1]};
+    raise(s);
+    const float factor[2] = {exp2_fast(former[0] - reference_[0]), exp2_fast(former[1] - reference_[1])};
 #pragma unroll
-      for (int i = 0; i < 32; i++) o[i] *= factor[i / 2 % 2];
-      total_[0] *= factor[0];
-      total_[1] *= factor[1];
-      sums[0] = sums[1] = 0;
-      exponentiate<0, kPacked>(s, p, sums);
-    }
+    for (int i = 0; i < 32; i++) o[i] *= factor[i / 2 % 2];
+    total_[0] *= factor[0];
+    total_[1] *= factor[1];
+    sums[0] = sums[1] = 0;
+    exponentiate<0, kPacked>(s, p, sums);
+  }
+
+  __device__ void add(const float (&sums)[2]) {
     total_[0] += sums[0];
     total_[1] += sums[1];
   }
