@@ -97,6 +97,7 @@ class DualCase(Case):
     logits: float = 0
     # (stream, first key, by how much): from there on logits are so high where the default scale is, for about half of the queries.
     rises: tuple[tuple[str, int, float], ...] = ()
+    rising_tokens: int | None = None  # of these alone, the first of a frame
 
     def arguments(self):
         random = Random()
@@ -113,7 +114,9 @@ class DualCase(Case):
             for key in ("q", "k_text", "k_image"):
                 inputs[key][..., 0] = random(*inputs[key].shape[:-1]).sign() * (self.logits * self.D**0.5) ** 0.5
         if self.rises:
-            q[..., 0] = (random(*q.shape[:-1]) > 0) * self.D**0.5
+            rising = random(*q.shape[:-1]) > 0
+            rising[..., self.rising_tokens :, :] &= self.rising_tokens is None
+            q[..., 0] = rising * self.D**0.5
             for keys in (inputs[key] for key in ("k_text", "k_image") if key in inputs):
                 keys[..., 0] = 0
             for name, first, by in self.rises:
@@ -136,6 +139,8 @@ WEIGHTS = ("text_weight", "image_weight")
 KEYS = ("k_text", "v_text", "k_image", "v_image")
 # 1264 tiles of 64 queries: several for each warpgroup of 132 multiprocessors, across clips and heads; one to four tiles of keys.
 LARGE = {"queries": (5, 1000), "H": 8, "dtypes": HALVES, "compiled": HALVES, "large": True}
+
+ONE_WARP = {"queries": (9, 64), "rising_tokens": 16, **STEEP_LOGITS}  # of the four of a tile
 
 CASES = [
     DualCase(id="remainders", compiled=DTYPES, **TWICE),
@@ -185,6 +190,9 @@ CASES = [
     DualCase(id="rising-first", text=77, image=257, rises=(("text", 0, 10.5), ("image", 0, -10.0)), **STEEP_LOGITS),
     DualCase(id="falling-first", text=77, image=257, rises=(("text", 0, -27.0), ("image", 0, 10.5)), **STEEP_LOGITS),
     DualCase(id="falling", text=13, image=35, rises=(("text", 0, -27.0), ("image", 0, -10.0)), **STEEP_LOGITS),
+    DualCase(id="rising-one-warp", text=77, image=257, rises=(("image", 100, 12.0),), **ONE_WARP),
+    DualCase(id="rising-one-warp-first", text=77, image=257, rises=(("text", 0, 10.5), ("image", 0, -10.0)), **ONE_WARP),
+    DualCase(id="rising-one-warp-alone", text=0, image=257, rises=(("image", 0, 10.5), ("image", 190, 21.0)), **ONE_WARP),
     DualCase(id="rising-float32", text=77, image=257, rises=(("image", 100, 12.0),), **STEEP_LOGITS_FLOAT32),
     DualCase(id="falling-first-float32", text=77, image=257, rises=(("text", 0, -27.0), ("image", 0, 10.5)), **STEEP_LOGITS_FLOAT32),
     DualCase(id="rank3", queries=(), text_weight=(2,), interpreted=(FP32,)),
