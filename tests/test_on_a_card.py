@@ -296,7 +296,7 @@ def cuda_calls(dtype):
     more = {
         "temporal": [(16, 2, 1, 32), (24, 2, 1, 32), (24, 2, 1, 40), (24, 2, 1, 128)],  # T and D known to the compiler
         # Four warpgroups, the second without a round of tiles to share; blocks that take another tile.
-        "pyramid": [(1, 200, 2, 64), (12, 200, 2, 64), (6, 70, 12, 64), (24, 200, 12, 64)],
+        "pyramid": [(1, 200, 2, 64), (12, 200, 2, 64), (6, 70, 12, 64)],
         "norm": [(1, 2880, 1, 160)],
     }
     attention = ("temporal", "temporal_qkv", "pyramid", "pyramid_qkv", "dual", "dual-text")

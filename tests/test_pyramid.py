@@ -156,14 +156,9 @@ CASES = [
     PyramidCase(id="large-four-warpgroups", **(LARGE | {"N": 200}), refs=ReferenceFrames.pyramid(6, 4)),
     PyramidCase(id="large-dense", **(LARGE | {"T": 8, "N": 45, "H": 40}), refs=ReferenceFrames.all(8)),
     PyramidCase(id="large-rounds", **(LARGE | {"T": 7}), refs=ReferenceFrames.pyramid(7, 4)),
-    # Many tiles of keys in the last batch of lists.
-    PyramidCase(id="large-long", **(LARGE | {"T": 16}), refs=ReferenceFrames.pyramid(16, 4)),
-    PyramidCase(id="large-long-random", **(LARGE | {"T": 16}), refs=_random_segments(16, 5)),
-    PyramidCase(id="large-long-short", **(LARGE | {"T": 16, "N": 45}), refs=ReferenceFrames.pyramid(16, 4)),
     PyramidCase(id="large-many", **(LARGE | {"B": 8, "T": 1, "N": 64, "H": 64}), Tk=2, Nk=64, refs=torch.tensor([[[1]]] * 8)),
     PyramidCase(id="large-unread", **LARGE, refs=torch.tensor([[-1] * 6, [3, 0, 3, 1, 0, -1]])[:, None].expand(2, 6, 6)),
-    PyramidCase(id="large-long-split", B=1, **(LARGE | {"T": 10, "N": 128, "H": 32}), refs=ReferenceFrames.all(10)),
-    PyramidCase(id="large-long-dense", **(LARGE | {"T": 8}), refs=ReferenceFrames.all(8)),
+    PyramidCase(id="large-dense-split", B=1, **(LARGE | {"T": 10, "N": 128, "H": 32}), refs=ReferenceFrames.all(10)),
     PyramidCase(id="large-shared-repeated", **LARGE, refs=torch.tensor([3, 0, 3, 1, 0, -1])),
     PyramidCase(id="large-needs-k", **LARGE, refs=ReferenceFrames.pyramid(6, 4), needs=("k",)),
     PyramidCase(id="large-needs-v", **LARGE, refs=ReferenceFrames.pyramid(6, 4), needs=("v",)),
@@ -231,7 +226,6 @@ class PackedCase(PyramidCase):
 PACKED_CASES = [
     PackedCase(id="remainders", **TWICE),
     PackedCase(id="dense", refs=ReferenceFrames.all(5)),
-    PackedCase(id="large-long", **(LARGE | {"T": 16}), refs=ReferenceFrames.pyramid(16, 4)),
     PackedCase(id="odd", layout="odd"),
     PackedCase(id="grad-transposed", grad="transposed"),
 ]
