@@ -13,9 +13,9 @@
 // Q and 8 KB of O a warpgroup, 24 KB a stage of K and V: 217 KB of 227. Of four, with tiles of 64 keys: 112 registers,
 // 16 KB a stage, Q stays in shared memory.
 //
-// Measured 2026-11-23 on one H200 (B = 2, T = 24, D = 64, bfloat16, replays of a graph; 8192³ product 723), TFLOP/s at
-// N/H/R = 2880/5/3, 720/10/6, 180/20/12, 45/20/24: 557, 539, 465, 354 with a row a frame; 543, 557, 499, 354 with a
-// shared row; at 1024/8/4 562, 4096/8/2 563, 256/16/16 570.
+// Measured 2026-11-30 on one H200 (B = 2, T = 24, D = 64, bfloat16, replays of a graph; 8192³ product 701), TFLOP/s at
+// N/H/R = 2880/5/3, 720/10/6, 180/20/12, 45/20/24: 556, 527, 486, 378 with a row a frame; 534, 570, 529, 379 with a
+// shared row; at 1024/8/4 558, 4096/8/2 544, 256/16/16 546.
 #include <algorithm>
 #include <cmath>
 
