@@ -416,17 +416,17 @@ def _losses(results: list[Result]) -> list[str]:
 def _summary(results: list[Result]) -> list[str]:
     """README's table: at each level of the U-Net, the backend that runs by default and the fastest of the peers."""
     lines = [f"| ours / best peer | {' | '.join(UNET)} |", "|---" * 5 + "|"]
+    results = [result for result in results if result.path.stem in UNITS]
     for result in results:
-        if result.path.stem not in UNITS:
-            continue
         key, unit, form = UNITS[result.operator]
         for title, pairs in _ordinary(result, UNET).items():
             texts = (" / ".join(form.format(row[key]) if row else "–" for row in pair[:2]) for pair in pairs)
             lines.append(f"| `{result.operator}` {title}, {unit} | {' | '.join(texts)} |")
-    first = results[0].environment
-    stale = [f"`{result.operator}`" for result in results if result.stale and result.path.stem in UNITS]
+    dates = [result.environment["date"] for result in results]
+    when = " to ".join(sorted({min(dates), max(dates)}))
+    stale = [f"`{result.operator}`" for result in results if result.stale]
     note = ["", f"Changed since, to be measured again: {', '.join(stale)}."] if stale else []
-    return [f"{first['gpu']}, {first['date']}, bfloat16, two clips of 24 frames, D = 64:", "", *lines, *note]
+    return [f"{results[0].environment['gpu']}, {when}, bfloat16, two clips of 24 frames, D = 64:", "", *lines, *note]
 
 
 def _relative(path: Path) -> str:

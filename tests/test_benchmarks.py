@@ -221,6 +221,16 @@ def test_report(folder):
 
 
 @pytest.mark.skipif(find_spec("matplotlib") is None, reason="matplotlib is not installed")
+def test_the_readme_names_the_first_day_and_the_last(folder):
+    report.main([])
+    assert "NVIDIA H200, 2026-11-23, bfloat16" in (folder / "README.md").read_text()
+    [path] = folder.glob("results/*/pyramid_st_attn.json")
+    path.write_text(path.read_text().replace("2026-11-23", "2026-12-01"))
+    report.main([])
+    assert "NVIDIA H200, 2026-11-23 to 2026-12-01, bfloat16" in (folder / "README.md").read_text()
+
+
+@pytest.mark.skipif(find_spec("matplotlib") is None, reason="matplotlib is not installed")
 def test_report_of_models(folder):
     def timed(implementation, direction, ms, **more):
         head = {"op": "unet", "level": "24x40x72", "batch": 2, "implementation": implementation, "direction": direction}

@@ -115,7 +115,8 @@ class DualCase(Case):
                 inputs[key][..., 0] = random(*inputs[key].shape[:-1]).sign() * (self.logits * self.D**0.5) ** 0.5
         if self.rises:
             rising = random(*q.shape[:-1]) > 0
-            rising[..., self.rising_tokens :, :] &= self.rising_tokens is None
+            if self.rising_tokens is not None:
+                rising[..., self.rising_tokens :, :] = False
             q[..., 0] = rising * self.D**0.5
             for keys in (inputs[key] for key in ("k_text", "k_image") if key in inputs):
                 keys[..., 0] = 0
