@@ -44,7 +44,7 @@ struct Shared {
   alignas(1024) char k[kStages][kKeyBytes];
   alignas(1024) char v[kStages][kKeyBytes];
   Ring<kQSlots> q_ring[kGroups];
-  Ring<kStages> k_ring, v_ring;
+  Ring<kStages> ring;  // of K and V
 };
 
 // The feeding thread.
@@ -105,8 +105,7 @@ __device__ void consume(const Arguments& args, Shared& shared, int w) {
       int held = -1;  // the stage that dQ under way still reads
       while (left > 0) {
         const uint64_t k_tile = tile_descriptor(shared.k[at.slot]), v_tile = tile_descriptor(shared.v[at.slot]);
-        wait(&shared.k_ring.filled[at.slot], at.round);
-        wait(&shared.v_ring.filled[at.slot], at.round);
+        wait(&shared.ring.filled[at.slot], at.round);
         pin(s);
         wgmma_fence();
         multiply_transposed<Element>(s, q_tile, k_tile);
@@ -117,7 +116,7 @@ __device__ void consume(const Arguments& args, Shared& shared, int w) {
         wgmma_wait<1>();
         pin(s);
         pin(ds);
-        if (held >= 0) arrive_warp(&shared.k_ring.free[held]);
+        if (held >= 0) arrive_warp(&shared.ring.free[held]);
         if (left < pieces || (!whole_frames && first + pieces >= args.pieces_per_frame)) mask(args, first, left, s);
         first += args.pieces_step;
         if (first >= args.pieces_per_frame) first -= args.pieces_per_frame;
@@ -126,7 +125,6 @@ __device__ void consume(const Arguments& args, Shared& shared, int w) {
         for (int i = 0; i < 32; i++) s[i] = exp2_fast(fmaf(s[i], args.scale_log2, -logsumexp[i / 2 % 2]));
         wgmma_wait<0>();
         pin(dp);
-        arrive_warp(&shared.v_ring.free[at.slot]);
 #pragma unroll
         for (int i = 0; i < 16; i++)
           ds[i] = pack<Element>(s[2 * i] * (dp[2 * i] - delta[i % 2]), s[2 * i + 1] * (dp[2 * i + 1] - delta[i % 2]));
@@ -140,7 +138,7 @@ __device__ void consume(const Arguments& args, Shared& shared, int w) {
       wgmma_wait<0>();
       pin(dq);
       pin(ds);
-      arrive_warp(&shared.k_ring.free[held]);
+      arrive_warp(&shared.ring.free[held]);
       arrive_warp(&shared.q_ring[w].free[q_at.slot]);
       q_at.advance();
     }
@@ -166,8 +164,7 @@ __global__ void __launch_bounds__((kGroups + 1) * 128, 1) backward_dq(const __gr
   Shared& shared = *reinterpret_cast<Shared*>((reinterpret_cast<uintptr_t>(dynamic) + 1023) & ~uintptr_t{1023});
   if (threadIdx.x == 0) {
     for (auto& ring : shared.q_ring) ring.init(4);
-    shared.k_ring.init(4 * kGroups);
-    shared.v_ring.init(4 * kGroups);
+    shared.ring.init(4 * kGroups);
     ptx::fence_mbarrier_init(ptx::sem_release, ptx::scope_cluster);
     for (const TensorMap* map : {&args.q, &args.grad, &args.dq}) prefetch_map(*map);
   } else if (threadIdx.x <= args.pieces_per_tile) {
@@ -179,7 +176,7 @@ __global__ void __launch_bounds__((kGroups + 1) * 128, 1) backward_dq(const __gr
   const int w = __shfl_sync(~0u, threadIdx.x / 128, 0);
   if (w == kGroups) {
     asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(32));
-    if (threadIdx.x == kGroups * 128) feed(args, shared);
+    if (threadIdx.x / 32 % 4 == 0 && elect()) feed(args, shared);
   } else {
     asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(160));
     consume<Element>(args, shared, w);

@@ -13,9 +13,9 @@
 // Q and 8 KB of O a warpgroup, 24 KB a stage of K and V: 217 KB of 227. Of four, with tiles of 64 keys: 112 registers,
 // 16 KB a stage, Q stays in shared memory.
 //
-// Measured 2026-11-30 on one H200 (B = 2, T = 24, D = 64, bfloat16, replays of a graph; 8192³ product 701), TFLOP/s at
-// N/H/R = 2880/5/3, 720/10/6, 180/20/12, 45/20/24: 556, 527, 486, 378 with a row a frame; 534, 570, 529, 379 with a
-// shared row; at 1024/8/4 558, 4096/8/2 544, 256/16/16 546.
+// Measured 2026-11-30 on one H200 (B = 2, T = 24, D = 64, bfloat16, replays of a graph; 8192³ product 707), TFLOP/s at
+// N/H/R = 2880/5/3, 720/10/6, 180/20/12, 45/20/24: 591, 573, 522, 396 with a row a frame; 598, 600, 572, 393 with a
+// shared row; at 1024/8/4 587, 4096/8/2 588, 256/16/16 579.
 #include <algorithm>
 #include <cmath>
 
@@ -44,6 +44,7 @@ struct Config {
   static constexpr int kKeyBytes = kKeys * kRowBytes;
   static constexpr int kRegisters = kRegisters_;  // of a lane that computes, taken from those that feed; 0: all alike
   static constexpr bool kQInRegisters = kQInRegisters_;
+  static constexpr bool kAlternates = kGroups == 3;  // there are registers for the first half of P twice
   static constexpr int kThreads = kGroups * 128 + (kRegisters > 0 ? 128 : 32);
 };
 
@@ -61,7 +62,7 @@ struct Shared {
   alignas(1024) char k[C::kStages][C::kKeyBytes];
   alignas(1024) char v[C::kStages][C::kKeyBytes];
   Ring<kQSlots> q_ring[C::kGroups];
-  Ring<C::kStages> k_ring, v_ring;
+  Ring<C::kStages> ring;  // of K and V
 };
 
 // The tile of queries that a block does after `tile` (-1: its first); num_tiles or more: there is none.
@@ -110,10 +111,22 @@ __device__ void consume(const Arguments& args, Shared<C>& shared, int w) {
   const uint32_t zero = args.num_tiles < 0;  // but the compiler does not know
   Cursor<kQSlots> q_at;
   int q_slot = -1;
-  Cursor<C::kStages> k_at, v_at;
+  // Of the tile of keys that comes next, and of the last one, whose V is yet to be read: where it lies, and its K as
+  // the low half of a descriptor.
+  struct Keys {
+    Cursor<C::kStages> at;
+    uint32_t tile;
+  };
+  static_assert(sizeof(shared.k) % 1024 == 0);
+  constexpr uint32_t kToV = sizeof(shared.k) / 16;  // it follows K
+  const uint64_t first_descriptor = tile_descriptor(shared.k);
+  const uint32_t first_tile = static_cast<uint32_t>(first_descriptor);
+  const auto descriptor = [&](uint32_t tile) { return first_descriptor >> 32 << 32 | tile; };
+  Keys next{{}, first_tile}, last{{}, first_tile};
   Softmax<Element, C::kKeys> softmax(args.scale_log2);
   float s[C::kKeys / 2], o[32];
-  uint32_t p[kPacked], q[16];
+  // P. Its first half is written while products read the last tile's: to the other array, and the two change places.
+  uint32_t p_even[kHalf], p_odd[kHalf], p_rest[kHalf], q[16];
   int tile = tile_after<C, kShares>(args, -1);  // the tile of queries whose keys are being read
   int first = 0;                                // of the pieces of a frame, the next tile's first
   int left = 0;                                 // pieces yet to be read for this tile of queries
@@ -123,51 +136,72 @@ __device__ void consume(const Arguments& args, Shared<C>& shared, int w) {
   const auto release = [&](uint64_t* barrier, int tile) {
     if (lane < (is_alone(tile) ? C::kGroups : 1)) ptx::mbarrier_arrive(barrier);
   };
-  const auto take_turn = [&] { asm volatile("bar.sync %0, 256;" ::"r"(1 + w) : "memory"); };
-  const auto give_turn = [&](int to) { asm volatile("bar.arrive %0, 256;" ::"r"(1 + to) : "memory"); };
+  // Barriers of the turns. Kept in registers, or else they are reckoned anew for every tile.
+  int own = 1 + w, other = w + 1 == C::kGroups ? 1 : 2 + w;
+  asm volatile("" : "+r"(own), "+r"(other));
+  const auto take_turn = [&] { asm volatile("bar.sync %0, 256;" ::"r"(own) : "memory"); };
+  const auto give_turn = [&](int to) { asm volatile("bar.arrive %0, 256;" ::"r"(to) : "memory"); };
   const auto start_scores = [&] {
     pin(s);
     if constexpr (C::kQInRegisters) {
       pin(q);
       wgmma_fence();
-      multiply_transposed<Element>(s, q, tile_descriptor(shared.k[k_at.slot]));
+      multiply_transposed<Element>(s, q, descriptor(next.tile));
     } else {
       wgmma_fence();
-      multiply_transposed<Element>(s, tile_descriptor(shared.q[q_slot][w]), tile_descriptor(shared.k[k_at.slot]));
+      multiply_transposed<Element>(s, tile_descriptor(shared.q[q_slot][w]), descriptor(next.tile));
     }
     wgmma_commit();
   };
-  const auto start_output = [&] {
+  const auto start_output = [&](uint32_t (&p_first)[kHalf]) {
     pin(o);
-    pin(p);
+    pin(p_first);
+    pin(p_rest);
     wgmma_fence();
-    multiply_add<Element>(o, p, tile_descriptor(shared.v[v_at.slot]));
+    multiply_add<Element>(o, p_first, descriptor(last.tile + kToV));
+    multiply_add<Element>(o, p_rest, descriptor(last.tile + kToV + kHalf / 4 * 128));
     wgmma_commit();
   };
   // Of the tile of keys that comes next: whether some are to be masked. Reckoned a tile ahead, so that nothing waits
   // for it once the scores are there.
   bool masks = false;
   const auto look_ahead = [&] { masks = left < pieces || (!whole_frames && first + pieces >= args.pieces_per_frame); };
-  const auto finish_scores = [&] {
-    pin(s);
-    release(&shared.k_ring.free[k_at.slot], tile);
-    if (masks) mask(args, first, left, s);
+  // The branch stands before the wait, whose time it takes.
+  const auto finish_scores = [&](auto pending) {
+    if (__builtin_expect(masks, false)) {
+      asm volatile("// masked");  // so that the branches have no beginning in common
+      wgmma_wait<decltype(pending)::value>();
+      pin(s);
+      mask(args, first, left, s);
+    } else {
+      wgmma_wait<decltype(pending)::value>();
+      pin(s);
+    }
+  };
+  const auto finish_output = [&](uint32_t (&p_first)[kHalf], int tile, int slot) {
+    pin(o);
+    pin(p_first);
+    pin(p_rest);
+    release(&shared.ring.free[slot], tile);
   };
   const auto advance = [&] {
-    k_at.advance();
+    last = next;
+    next.at.advance();
+    next.tile = next.at.slot == 0 ? first_tile : next.tile + C::kKeyBytes / 16;
+    left -= pieces;
     first += args.pieces_step;
     if (first >= args.pieces_per_frame) first -= args.pieces_per_frame;
-    left -= pieces;
     look_ahead();
   };
-  const auto finish_output = [&](int tile) {
-    pin(o);
-    pin(p);
-    release(&shared.v_ring.free[v_at.slot], tile);
-    v_at.advance();
+  // Whether the next tile of keys is there: asked ahead, since the answer takes 40 clocks.
+  uint32_t is_there = 0;
+  const auto look_for_keys = [&] {
+    is_there = ptx::mbarrier_test_wait_parity(&shared.ring.filled[next.at.slot], next.at.round);
   };
-  const auto wait_k = [&] { wait(&shared.k_ring.filled[k_at.slot], k_at.round); };
-  const auto wait_v = [&] { wait(&shared.v_ring.filled[v_at.slot], v_at.round); };
+  const auto wait_for_keys = [&] {
+    if (is_there == 0) wait(&shared.ring.filled[next.at.slot], next.at.round);
+    is_there = 0;
+  };
 
   // Writes o, and the logsumexp of its rows.
   const auto store = [&](int tile, const float (&o)[32], const float (&logsumexp)[2]) {
@@ -223,78 +257,97 @@ __device__ void consume(const Arguments& args, Shared<C>& shared, int w) {
     return false;
   };
 
-  if (w == 0) give_turn(0);
+  if (w == 0) give_turn(own);
   clear();
   if (next_tile()) {
-    wait_k();
+    wait_for_keys();
     start_scores();
-    wgmma_wait<0>();
-    finish_scores();
+    finish_scores(std::integral_constant<int, 0>{});
     advance();
-    softmax.start(s, p);
+    const auto start_rows = [&](uint32_t (&p_first)[kHalf]) {
+      uint32_t p[kPacked];
+      softmax.start(s, p);
+#pragma unroll
+      for (int i = 0; i < kHalf; i++) p_first[i] = p[i], p_rest[i] = p[kHalf + i];
+    };
+    start_rows(p_even);
     float sums[2] = {0, 0};  // of the tile of keys that is to be settled
     bool fits = true;
-    const auto settle = [&] {
-      if (!fits) softmax.repeat(s, p, sums, o);
+    const auto settle = [&](uint32_t (&p_first)[kHalf]) {
+      if (__builtin_expect(!fits, false)) {
+        uint32_t p[kPacked];
+        softmax.repeat(s, p, sums, o);
+#pragma unroll
+        for (int i = 0; i < kHalf; i++) p_first[i] = p[i], p_rest[i] = p[kHalf + i];
+      }
       softmax.add(sums);
     };
-    while (true) {
-      const int former = tile;
-      bool goes_on = true;
-      if (left <= 0) {
-        goes_on = false;
-        tile = tile_after<C, kShares>(args, tile);
-        if (!next_tile()) {
-          tile = former;
-          break;
-        }
-      }
-      wait_k();
+    // Starts S of the next tile of keys, and O of the last.
+    const auto start_both = [&](uint32_t (&p_first)[kHalf]) {
+      wait_for_keys();
       if (!is_alone(tile)) take_turn();
-      settle();  // here, where its vote has had the time that the waits take
+      settle(p_first);  // here, where its vote has had the time that the waits take
       start_scores();
-      wait_v();
-      start_output();
-      if (!is_alone(tile)) give_turn(w + 1 == C::kGroups ? 0 : w + 1);
-      wgmma_wait<1>();
-      finish_scores();
+      start_output(p_first);
+      if (!is_alone(tile)) give_turn(other);
+      finish_scores(std::integral_constant<int, 1>{});
       sums[0] = sums[1] = 0;
-      if (goes_on) {
-        uint32_t p_half[kHalf];
-        softmax.template exponentiate<0, kHalf>(s, p_half, sums);
-        pin(p_half);
-        advance();
-        // A branch between the halves, or else ptxas waits for the output before the first.
-        if (zero == 0) {
-          wgmma_wait<0>();
-          finish_output(former);
-          softmax.template exponentiate<kHalf, kPacked>(s, p + kHalf, sums);
-#pragma unroll
-          for (int i = 0; i < kHalf; i++) p[i] = p_half[i] | zero;  // a plain move would be merged away, into p
-        } else {
-          asm volatile("// never");  // so that the branches have no beginning in common
-          wgmma_wait<0>();
-          finish_output(former);
-          sums[0] = INFINITY;
-        }
-        fits = softmax.fits(sums);
-      } else {
-        advance();
+    };
+    // A tile of keys, the first half of whose P goes to p_next.
+    const auto step = [&](uint32_t (&p_last)[kHalf], uint32_t (&p_next)[kHalf]) {
+      start_both(p_last);
+      softmax.template exponentiate<0, kHalf>(s, p_next, sums, zero);
+      pin(p_next);
+      const int slot = last.at.slot;
+      advance();
+      // A branch between the halves, or else ptxas waits for the output before the first.
+      if (zero == 0) {
         wgmma_wait<0>();
-        finish_output(former);
-        float result[32], logsumexp[2];
-        softmax.divide(o, result, logsumexp);
-        store(former, result, logsumexp);
-        clear();
-        softmax.start(s, p);
-        fits = true;
+        finish_output(p_last, tile, slot);
+        look_for_keys();
+        softmax.template exponentiate<kHalf, kPacked>(s, p_rest, sums, zero);
+      } else {
+        asm volatile("// never");  // so that the branches have no beginning in common
+        wgmma_wait<0>();           // and nothing of single lanes, behind which the warp would have to meet
+        pin(o);
+        pin(p_last);
+        pin(p_rest);
+        sums[0] = INFINITY;
       }
+      fits = softmax.fits(sums);
+    };
+    while (true) {
+      while (left > 0) {
+        step(p_even, p_odd);
+        if (C::kAlternates && left > 0) {
+          step(p_odd, p_even);
+        } else {
+#pragma unroll
+          for (int i = 0; i < kHalf; i++)
+            p_even[i] = p_odd[i] | zero;  // a plain move would be merged away, into p_even
+        }
+      }
+      const int former = tile;
+      tile = tile_after<C, kShares>(args, tile);
+      if (!next_tile()) {
+        tile = former;
+        break;
+      }
+      start_both(p_even);
+      wgmma_wait<0>();
+      finish_output(p_even, former, last.at.slot);
+      advance();
+      float result[32], logsumexp[2];
+      softmax.divide(o, result, logsumexp);
+      store(former, result, logsumexp);
+      clear();
+      start_rows(p_even);
+      fits = true;
     }
-    wait_v();
-    settle();
-    start_output();
+    settle(p_even);
+    start_output(p_even);
     wgmma_wait<0>();
-    finish_output(tile);
+    finish_output(p_even, tile, last.at.slot);
     float result[32], logsumexp[2];
     softmax.divide(o, result, logsumexp);
     store(tile, result, logsumexp);
@@ -314,8 +367,7 @@ __global__ void __launch_bounds__(C::kThreads, 1) forward(const __grid_constant_
   Shared<C>& shared = *reinterpret_cast<Shared<C>*>((reinterpret_cast<uintptr_t>(dynamic) + 1023) & ~uintptr_t{1023});
   if (threadIdx.x == 0) {
     for (auto& ring : shared.q_ring) ring.init(4);
-    shared.k_ring.init(4 * C::kGroups);
-    shared.v_ring.init(4 * C::kGroups);
+    shared.ring.init(4 * C::kGroups);
     ptx::fence_mbarrier_init(ptx::sem_release, ptx::scope_cluster);
     prefetch_map(args.q);
     prefetch_map(args.out);
@@ -328,7 +380,7 @@ __global__ void __launch_bounds__(C::kThreads, 1) forward(const __grid_constant_
   const int w = __shfl_sync(~0u, threadIdx.x / 128, 0);
   if (w == C::kGroups) {
     if constexpr (C::kRegisters > 0) asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(32));
-    if (threadIdx.x == C::kGroups * 128) produce<C, kShares>(args, shared);
+    if (threadIdx.x / 32 % 4 == 0 && elect()) produce<C, kShares>(args, shared);
   } else {
     if constexpr (C::kRegisters > 0) asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(C::kRegisters));
     consume<Element, C, kShares>(args, shared, w);

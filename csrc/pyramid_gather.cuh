@@ -134,41 +134,67 @@ class References {
   int key_frames_, frame_ = 0;
 };
 
-// Starts the copies of a tile of K or V, once its slot is free, and goes on to what comes after it.
-template <int kBytes, int kStages>
-__device__ inline void load_keys(const Gather& args, const TensorMap* maps, const Place& place, References& refs,
-                                 int& piece, Ring<kStages>& ring, const Cursor<kStages>& at,
-                                 char (&tiles)[kStages][kBytes]) {
-  uint64_t* filled = &ring.filled[at.slot];
-  wait(&ring.free[at.slot], at.round ^ 1);
-  expect(filled, kBytes);
-  char* to = tiles[at.slot];
-  for (int left = args.pieces_per_tile; left > 0;) {
-    const int pieces = refs.more() ? min(left, args.pieces_per_frame - piece) : left;
-    // What is past the last frame comes as zeros, so that 0 · V is 0.
-    load_box(to, maps[pieces - 1],
-             {(refs.more() ? piece : args.pieces_per_frame) * args.piece_rows, place.head, refs.frame(), place.clip},
-             filled);
-    left -= pieces;
-    to += pieces * args.piece_rows * kRowBytes;
-    piece += pieces;
-    if (piece == args.pieces_per_frame && refs.more()) {
-      piece = 0;
-      refs.advance();
-    }
+// Of K or V, what its boxes' coordinates begin with in one (clip, head).
+struct Feed {
+  const TensorMap* maps;
+  int head, clip, moves_t;
+
+  __device__ Feed(const TensorMap* maps, const Place& place)
+      : maps(maps), head(place.head * maps->moves_h), clip(place.clip * maps->moves_b), moves_t(maps->moves_t) {}
+
+  // A box of some pieces, from token `token` of `frame` on.
+  __device__ void load(void* to, int pieces, int token, int frame, uint64_t* filled) const {
+    const int32_t at[5] = {0, token, head, frame * moves_t, clip};
+    ptx::cp_async_bulk_tensor(ptx::space_cluster, ptx::space_global, to, &maps[pieces - 1].map, at, filled);
   }
+};
+
+// True in one lane, by a whole warp. The compiler knows that it is one: it repeats no copy for others that may be.
+__device__ inline bool elect() {
+  uint32_t elected;
+  asm volatile("{ .reg .pred one; elect.sync _|one, 0xffffffff; selp.u32 %0, 1, 0, one; }" : "=r"(elected));
+  return elected;
 }
 
-// The same for all that a row of the table lists. `shared` has k, v, k_ring and v_ring.
+// Starts the copies of all that a row of the table lists, each tile once its slot is free. `shared` has k, v and a ring
+// for both. Few instructions a tile: the warps that compute share their issue slots with this one, and wait for the
+// slowest of them.
 template <int kStages, class Shared>
 __device__ inline void load_row(const Gather& args, const Place& place, References& refs, Cursor<kStages>& at,
                                 Shared& shared) {
+  const Feed k(args.k, place), v(args.v, place);
+  const int last = args.pieces_per_frame - args.pieces_per_tile;  // piece at which a whole tile may begin
   int piece = 0;
   while (refs.more()) {
-    References v_refs = refs;
-    int v_piece = piece;
-    load_keys(args, args.k, place, refs, piece, shared.k_ring, at, shared.k);
-    load_keys(args, args.v, place, v_refs, v_piece, shared.v_ring, at, shared.v);
+    uint64_t* filled = &shared.ring.filled[at.slot];
+    wait(&shared.ring.free[at.slot], at.round ^ 1);
+    expect(filled, 2 * sizeof(shared.k[0]));
+    if (piece <= last) {  // in one frame
+      const int token = piece * args.piece_rows, frame = refs.frame();
+      k.load(shared.k[at.slot], args.pieces_per_tile, token, frame, filled);
+      v.load(shared.v[at.slot], args.pieces_per_tile, token, frame, filled);
+      piece += args.pieces_per_tile;
+      if (piece == args.pieces_per_frame) {
+        piece = 0;
+        refs.advance();
+      }
+    } else {
+      for (int begin = 0; begin < args.pieces_per_tile;) {
+        const int left = args.pieces_per_tile - begin;
+        const int pieces = refs.more() ? min(left, args.pieces_per_frame - piece) : left;
+        // What is past the last frame comes as zeros, so that 0 · V is 0.
+        const int token = (refs.more() ? piece : args.pieces_per_frame) * args.piece_rows;
+        const int offset = begin * args.piece_rows * kRowBytes;
+        k.load(shared.k[at.slot] + offset, pieces, token, refs.frame(), filled);
+        v.load(shared.v[at.slot] + offset, pieces, token, refs.frame(), filled);
+        begin += pieces;
+        piece += pieces;
+        if (piece == args.pieces_per_frame && refs.more()) {
+          piece = 0;
+          refs.advance();
+        }
+      }
+    }
     at.advance();
   }
 }

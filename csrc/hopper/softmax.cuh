@@ -34,13 +34,17 @@ class Softmax {
     exponentiate<0, kPacked>(s, p, total_);
   }
 
-  // p = exp2(s) of a part of a tile, in units of two neighbouring scores; sums are added to `sums`.
+  // p = exp2(s) of a part of a tile, in units of two neighbouring scores; sums are added to `sums`. With a `zero` that
+  // the compiler does not know, the multiplications of the second half stand behind the first exponentials, and not all
+  // in front of them.
   template <int kBegin, int kEnd>
-  __device__ void exponentiate(const Scores& s, uint32_t* p, float (&sums)[2]) const {
+  __device__ void exponentiate(const Scores& s, uint32_t* p, float (&sums)[2], uint32_t zero = 0) const {
+    float scale = scale_;
 #pragma unroll
     for (int i = kBegin; i < kEnd; i++) {
-      const float x = exp2_fast(fmaf(s[2 * i], scale_, -reference_[i % 2]));
-      const float y = exp2_fast(fmaf(s[2 * i + 1], scale_, -reference_[i % 2]));
+      if (i == (kBegin + kEnd) / 2) scale = __uint_as_float(__float_as_uint(scale) | (p[0] & zero));
+      const float x = exp2_fast(fmaf(s[2 * i], scale, -reference_[i % 2]));
+      const float y = exp2_fast(fmaf(s[2 * i + 1], scale, -reference_[i % 2]));
       sums[i % 2] += x + y;
       p[i - kBegin] = pack<Element>(x, y);
     }
