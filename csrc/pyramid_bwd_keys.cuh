@@ -26,16 +26,21 @@
 namespace univid {
 namespace {
 
-// A number that a whole warp wants, read by the lane that arrives on its slot's `free` barrier: racecheck takes reads
-// by the others for races.
-__device__ inline int read(const int& number) {
-  int value = 0;  // which ptxas would keep from one call to the next
+// A number in shared memory where `there` holds, else -1; for the first lane, which arrives on its slot's `free`
+// barrier: racecheck takes reads by the others for races.
+__device__ inline int read_first(const int& number, bool there = true) {
+  int value = -1;  // which ptxas would keep from one call to the next
   asm volatile("{ .reg .pred first; setp.eq.u32 first, %2, 0;\n@first ld.shared.u32 %0, [%1]; }"
                : "+r"(value)
-               : "r"(static_cast<uint32_t>(__cvta_generic_to_shared(&number))), "r"(threadIdx.x % 32)
+               : "r"(static_cast<uint32_t>(__cvta_generic_to_shared(&number))), "r"(there ? threadIdx.x % 32 : 1)
                : "memory");
-  return __shfl_sync(~0u, value, 0);
+  return value;
 }
+
+// What the first lane has, for a whole warp.
+__device__ inline int of_first(int value) { return __shfl_sync(~0u, value, 0); }
+
+__device__ inline int read(const int& number) { return of_first(read_first(number)); }
 
 // --- the warpgroup of dQ ---------------------------------------------------------------------------------------------
 
@@ -174,6 +179,7 @@ __device__ void consume(const Arguments& args, Shared<C>& shared, int w) {
       }
       int held = -1;  // the stage that the products under way still read
       int step = 0;
+      int ahead = -1;  // the step after it, where that was there when looked for: the answer takes 200 clocks
       const auto finish = [&] {
         wgmma_wait<0>();
         pin(p);
@@ -188,8 +194,12 @@ __device__ void consume(const Arguments& args, Shared<C>& shared, int w) {
       // Goes to the next step that this warpgroup takes part in. False: there is none.
       const auto next_step = [&] {
         while (!(step & kLast)) {
-          wait(&shared.q_ring.filled[at.slot], at.round);
-          step = read(shared.steps[at.slot]);
+          step = ahead;
+          if (step < 0) {
+            wait(&shared.q_ring.filled[at.slot], at.round);
+            step = read(shared.steps[at.slot]);
+          }
+          ahead = -1;
           if (step >> w & 1) return true;
           if (held >= 0) finish();
           arrive_warp(&shared.q_ring.free[at.slot]);
@@ -204,6 +214,8 @@ __device__ void consume(const Arguments& args, Shared<C>& shared, int w) {
       };
       while (next_step()) {
         const uint64_t q_tile = tile_descriptor(shared.q[at.slot]), grad_tile = tile_descriptor(shared.grad[at.slot]);
+        float2 logsumexp[8], delta[8];
+        load_columns<0, 8>(logsumexp, shared.statistics[at.slot]);  // before products keep shared memory busy
         pin(s);
         wgmma_fence();
         multiply_transposed<Element>(s, k_tile, q_tile);
@@ -218,8 +230,9 @@ __device__ void consume(const Arguments& args, Shared<C>& shared, int w) {
           }
           wgmma_commit();
         }
-        float2 logsumexp[8], delta[8];
-        load_columns<0, 8>(logsumexp, shared.statistics[at.slot]);
+        Cursor<C::kStages> next = at;
+        next.advance();
+        const bool next_is_there = ptx::mbarrier_test_wait_parity(&shared.q_ring.filled[next.slot], next.round);
         wgmma_wait<C::kDS ? 1 : 0>();
         pin(s);
         pin(ds);
@@ -229,6 +242,8 @@ __device__ void consume(const Arguments& args, Shared<C>& shared, int w) {
           const float2 x = logsumexp[i / 4];
           s[i] = exp2_fast(fmaf(s[i], args.scale_log2, i % 2 == 0 ? -x.x : -x.y));
         }
+        if constexpr (C::kDS) load_columns<0, 8>(delta, shared.statistics[at.slot] + kUnit);
+        ahead = read_first(shared.steps[next.slot], __all_sync(~0u, next_is_there));
         if (!plain) {
 #pragma unroll
           for (int i = 0; i < 32; i++) s[i] = weights[i / 2 % 2] > 0 ? s[i] * weights[i / 2 % 2] : 0;
@@ -241,11 +256,10 @@ __device__ void consume(const Arguments& args, Shared<C>& shared, int w) {
           multiply_add<Element>(dv, p, grad_tile);
           wgmma_commit();
         }
+        ahead = of_first(ahead);
         if constexpr (C::kDS) {
-          load_columns<0, 4>(delta, shared.statistics[at.slot] + kUnit);
           wgmma_wait<C::kDV ? 1 : 0>();
           pin(dp);
-          load_columns<4, 8>(delta, shared.statistics[at.slot] + kUnit);
 #pragma unroll
           for (int i = 0; i < 16; i++) {
             const float2 x = delta[i / 2];
