@@ -18,7 +18,7 @@
 // 32 KB; 6 stages of Q, dO and statistics, 105 KB.
 //
 // Measured 2026-11-30 on one H200 (B = 2, T = 24, D = 64, bfloat16, 77 + 257 keys, replays of a graph), ms at N/H =
-// 2880/5, 720/10, 180/20, 45/20: 0.409, 0.218, 0.123, 0.046; of that dQ, 2026-11-24, 0.203, 0.110, 0.064, 0.022.
+// 2880/5, 720/10, 180/20, 45/20: 0.409, 0.214, 0.122, 0.045; of that dQ, 2026-11-24, 0.203, 0.110, 0.064, 0.022.
 #include <algorithm>
 #include <cmath>
 

@@ -25,7 +25,7 @@
 // tile of keys and values: at most 4 tiles, as the backward holds.
 //
 // Measured 2026-11-30 on one H200 (B = 2, T = 24, D = 64, bfloat16, 77 + 257 keys, replays of a graph; 8192³ product
-// 704 TFLOP/s), ms at N/H = 2880/5, 720/10, 180/20, 45/20: 0.120, 0.068, 0.038, 0.016.
+// 728 TFLOP/s), ms at N/H = 2880/5, 720/10, 180/20, 45/20: 0.120, 0.067, 0.038, 0.015.
 #include <algorithm>
 #include <cmath>
 #include <type_traits>

@@ -4,9 +4,9 @@
 // which add to dQ on the way (pyramid_bwd_keys.cuh); dQ to its dtype. Deterministic, or where not all of dQ, dK and dV
 // are asked for, dQ has a kernel of its own (pyramid_bwd_dq.cu).
 //
-// Measured 2026-11-30 on one H200 (B = 2, T = 24, D = 64, bfloat16; 8192³ product 701), TFLOP/s of 2.5 forwards at
-// N/H/R = 2880/5/3, 720/10/6, 180/20/12, 45/20/24 with pyramid() tables: 500, 454, 424, 352; deterministic 412, 391,
-// 341, 294. After rests, the product at 817, an earlier version took 525 to 538 at the first.
+// Measured 2026-11-30 on one H200 (B = 2, T = 24, D = 64, bfloat16; 8192³ product 707), TFLOP/s of 2.5 forwards at
+// N/H/R = 2880/5/3, 720/10/6, 180/20/12, 45/20/24 with pyramid() tables: 511, 464, 442, 372; deterministic 413, 398,
+// 347, 296. After rests, the product at 817, an earlier version took 525 to 538 at the first.
 #include <algorithm>
 #include <cmath>
 
