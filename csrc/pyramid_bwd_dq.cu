@@ -7,9 +7,9 @@
 // Registers of a lane: 32 of S, dP and dQ each, 16 of dS, of 160. Shared memory: Q and dO twice, 96 KB; 5 stages of 64
 // keys and values, 80 KB; 24 KB of results: 201 KB of 227.
 //
-// Measured 2026-11-23 on one H200 (B = 2, T = 24, D = 64, bfloat16, do_bench after rests, with the statistics; 8192³
-// product 806), TFLOP/s of its own three products at N/H/R = 2880/5/3, 720/10/6, 180/20/12, 45/20/24 with pyramid()
-// tables: 680, 470, 475, 262.
+// Measured 2026-11-23, an earlier version, on one H200 (B = 2, T = 24, D = 64, bfloat16, do_bench after rests, with the
+// statistics; 8192³ product 806), TFLOP/s of its own three products at N/H/R = 2880/5/3, 720/10/6, 180/20/12, 45/20/24
+// with pyramid() tables: 680, 470, 475, 262.
 #include <algorithm>
 #include <cmath>
 

@@ -12,8 +12,9 @@
 // takes part. Where all rows of the table are equal and read about all frames, the key frames are one long one; there
 // and for a shared row in general, a key counts as often as the row lists it.
 //
-// Registers of a lane: 64 of dK and dV, 64 of S and dP, 16 of V, P, dS each, of 208. Shared memory: K twice and V, 48
-// KB; 4 stages of Q, dO and statistics, 66 KB; 2 of dS, 32 KB; 16 KB of results: 162 KB of 227.
+// Registers of a lane: 64 of dK and dV, 64 of S and dP, 16 of V, P, dS and logsumexps (then deltas) each, of 208.
+// Shared memory: K twice and V, 48 KB; 4 stages of Q, dO and statistics, 66 KB; 2 of dS, 32 KB; 16 KB of results: 162
+// KB of 227.
 #pragma once
 
 #include <cmath>
@@ -26,10 +27,10 @@
 namespace univid {
 namespace {
 
-// A number in shared memory where `there` holds, else -1; for the first lane, which arrives on its slot's `free`
-// barrier: racecheck takes reads by the others for races.
+// In the first lane a number in shared memory where `there` holds; else, and in the other lanes, -1. It is the one that
+// arrives on its slot's `free` barrier: racecheck takes reads by the others for races.
 __device__ inline int read_first(const int& number, bool there = true) {
-  int value = -1;  // which ptxas would keep from one call to the next
+  int value = -1;
   asm volatile("{ .reg .pred first; setp.eq.u32 first, %2, 0;\n@first ld.shared.u32 %0, [%1]; }"
                : "+r"(value)
                : "r"(static_cast<uint32_t>(__cvta_generic_to_shared(&number))), "r"(there ? threadIdx.x % 32 : 1)

@@ -7,7 +7,7 @@
 // while the second still runs, and then the rest. The three take turns at starting products, so that one computes
 // exponentials while another's products run. Grid: as many blocks as multiprocessors, tile i + k · blocks each; (clip,
 // head) slowest, so that the K and V in use stay in L2. What is left for a last round is shared out by warpgroups where
-// that gives a block one at the most: alone it takes about two thirds of the time of three (417 for 404 TFLOP/s at f4).
+// that gives a block one at the most: alone it takes about two thirds of the time of three (3% of f4, 2026-11-23).
 //
 // Of three warpgroups, registers of a lane: 48 scores, 24 + 12 of P, 32 of O, 16 of Q, of 160; shared memory: 16 KB of
 // Q and 8 KB of O a warpgroup, 24 KB a stage of K and V: 217 KB of 227. Of four, with tiles of 64 keys: 112 registers,
@@ -44,7 +44,7 @@ struct Config {
   static constexpr int kKeyBytes = kKeys * kRowBytes;
   static constexpr int kRegisters = kRegisters_;  // of a lane that computes, taken from those that feed; 0: all alike
   static constexpr bool kQInRegisters = kQInRegisters_;
-  static constexpr bool kAlternates = kGroups == 3;  // there are registers for the first half of P twice
+  static constexpr bool kAlternates = kGroups == 3;  // with P's first half twice, a loop of two tiles; of four: C7512
   static constexpr int kThreads = kGroups * 128 + (kRegisters > 0 ? 128 : 32);
 };
 
@@ -125,14 +125,15 @@ __device__ void consume(const Arguments& args, Shared<C>& shared, int w) {
   Keys next{{}, first_tile}, last{{}, first_tile};
   Softmax<Element, C::kKeys> softmax(args.scale_log2);
   float s[C::kKeys / 2], o[32];
-  // P. Its first half is written while products read the last tile's: to the other array, and the two change places.
+  // P. Its first half is written while products read the last tile's, to the other array: the two change places, or it
+  // is copied back.
   uint32_t p_even[kHalf], p_odd[kHalf], p_rest[kHalf], q[16];
   int tile = tile_after<C, kShares>(args, -1);  // the tile of queries whose keys are being read
   int first = 0;                                // of the pieces of a frame, the next tile's first
   int left = 0;                                 // pieces yet to be read for this tile of queries
 
   const auto is_alone = [&](int tile) { return kShares && tile >= args.alone_from; };
-  // Of a tile of K or V; who is alone does it for the others too.
+  // Of a tile of K and V; who is alone does it for the others too.
   const auto release = [&](uint64_t* barrier, int tile) {
     if (lane < (is_alone(tile) ? C::kGroups : 1)) ptx::mbarrier_arrive(barrier);
   };

@@ -34,9 +34,9 @@ class Softmax {
     exponentiate<0, kPacked>(s, p, total_);
   }
 
-  // p = exp2(s) of a part of a tile, in units of two neighbouring scores; sums are added to `sums`. With a `zero` that
-  // the compiler does not know, the multiplications of the second half stand behind the first exponentials, and not all
-  // in front of them.
+  // p = exp2(s) of a part of a tile, in units of two neighbouring scores; sums are added to `sums`. With a 0 that the
+  // compiler does not know as `zero`, the multiplications of the second half stand behind the first exponentials, and
+  // not all in front of them.
   template <int kBegin, int kEnd>
   __device__ void exponentiate(const Scores& s, uint32_t* p, float (&sums)[2], uint32_t zero = 0) const {
     float scale = scale_;

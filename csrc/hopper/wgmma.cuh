@@ -1,4 +1,4 @@
-// Warpgroup matrix products (wgmma, sm_90a): the one family of Hopper instructions that <cuda/ptx> lacks.
+// Warpgroup matrix products (wgmma, sm_90a), which <cuda/ptx> lacks.
 //
 // A product is m64nNk16: 64 rows shared by the four warps of a warpgroup, 16 each. Accumulator d[4j + e] of a lane is
 // row lane / 4 + 8 · (e / 2) of its warp, column 8j + 2 · (lane % 4) + e % 2; two neighbouring j, rounded, are the
